@@ -1,0 +1,189 @@
+"""The typed schema of a recipe: every key, its default, its unit. Loading and checks live in `rlpipe.recipe`.
+
+Plain dataclasses, so that the pure parts (sampling, objectives) can be configured without OmegaConf. The comment under or
+beside a field is its documentation; a test freezes the number of leaves so that each new one is a decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    path: str = "tiny:block"  # HF folder, or tiny:block | tiny:full, made on the spot with a character tokenizer
+    dtype: str = "float32"  # float32 | bfloat16; bfloat16 is 50 to 90 times slower than float32 on most CPUs
+    block_size: int = 0  # 0: what the model's diffusion spec says
+    layers: int = 4  # of a tiny model, as the next three
+    width: int = 64
+    heads: int = 4
+    mlp: int = 256
+
+
+@dataclass
+class WarmStartConfig:
+    """Supervised steps on demonstrations before RL; the result is cached by content."""
+
+    steps: int = 0  # 0: none
+    batch_size: int = 64
+    lr: float = 3e-3
+
+
+@dataclass
+class DataConfig:
+    task: str = "sudoku"  # sudoku | countdown | reasoning_gym:NAME | jsonl
+    train: str = ""  # jsonl file (task=jsonl)
+    test: str = ""  # held-out jsonl file
+    options: dict[str, Any] = field(default_factory=dict)  # of the task, e.g. {careless: 0.55} for sudoku
+    template: str = "{prompt}"  # how a prompt is put to the model; {prompt} is the task's text
+    max_prompt_tokens: int = 0  # longer prompts are dropped and counted; 0: no limit
+    test_prompts: int = 256  # held-out prompts made by a procedural task, never used for training
+
+
+@dataclass
+class DecoderConfig:
+    """scheduler · cache · score · select · stop: one sampler, as data."""
+
+    max_tokens: int = 16  # response tokens
+    block_size: int = 0  # commits stay inside one block of the absolute grid; 0: the model's block, or one canvas
+    select: str = "static"  # static: tokens_per_step at a time | threshold: all above it, at least one
+    tokens_per_step: int = 1
+    threshold: float = 0.9
+    score: str = "max_prob"  # state-only: max_prob | entropy | margin | random | left_to_right; sampled_prob: as published
+    temperature: float = 1.0  # 0: greedy
+
+
+@dataclass
+class RolloutConfig:
+    workers: int = 2
+    cpus: float = 0.5  # Ray CPUs per worker: bookkeeping, not a limit
+    gpus: float = 0.0
+    threads: int = 1  # torch threads per worker
+    batch_size: int = 64  # responses sampled together: one unit of work, fixed by the driver
+    timeout_s: float = 600.0  # of one unit of work
+    retries: int = 4  # of one unit of work, over all workers
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass
+class VerifierConfig:
+    name: str = ""  # empty: the task's own; or module:function, or file.py:function
+    workers: int = 2
+    cpus: float = 0.1
+    batch_size: int = 64  # responses per call
+    timeout_s: float = 30.0  # of one call
+    retries: int = 2  # elsewhere, before the group fails
+    max_failed_groups: float = 0.25  # share of a step's groups; more stops the run
+
+
+@dataclass
+class AlgoConfig:
+    preset: str = "tracerl"
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    shrink: int = 1  # merge every s denoising steps into one row
+    advantage: str = "zscore"  # zscore | mean | leave_one_out
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"  # k1 | k2 | k3, against the policy that opened the step
+    normalizer: str = "token_mean"  # response_length | row_mean | sequence_mean | token_mean | constant
+    kl_normalizer: str = ""  # empty: as normalizer; row_sum is the published full-attention TraceRL
+    updates_per_step: int = 2  # optimizer updates a step and epoch
+    epochs: int = 1
+    groups: str = "refill"  # keep all | drop those without signal | refill: replace them by fresh prompts
+    accuracy_low: float = 0.0  # a group has signal if its mean reward lies strictly inside (low, high) …
+    accuracy_high: float = 1.0  # … or, for rewards that are not 0/1, if they differ
+    refill_rounds: int = 2
+
+
+@dataclass
+class LearnerConfig:
+    workers: int = 1  # data-parallel ranks
+    cpus: float = 0.5
+    gpus: float = 0.0
+    threads: int = 2
+    lr: float = 1e-6
+    lr_schedule: str = "constant"  # constant | linear | cosine over `steps`
+    lr_warmup: int = 0  # optimizer updates
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    zero_stage: int = 1
+    offload: bool = False  # optimizer (and at stage 3 parameters) to CPU memory
+    token_budget: int = 8192  # tokens of a micro-batch, padding included
+    activation_checkpointing: bool = False
+    bucket_mb: int = 256  # of a weight export
+    timeout_s: float = 1800.0  # of one update
+
+
+@dataclass
+class ValueConfig:
+    enabled: bool = False
+    path: str = ""  # empty: as the policy
+    lr: float = 5e-6
+    gamma: float = 1.0
+    lam: float = 1.0
+
+
+@dataclass
+class ParityConfig:
+    max_abs_delta: float = 1e-3  # stop when any |log p(learner) - log p(rollout)| passes this; 0 switches the stop off
+    trajectories: int = 32  # replayed a step when the update's own rows cannot be compared (shrink > 1)
+
+
+@dataclass
+class EvalConfig:
+    every: int = 20  # steps; 0: only at the start and the end
+    prompts: int = 256
+    samples: int = 1
+    decoder: dict[str, Any] = field(default_factory=lambda: {"select": "threshold"})  # besides the rollout's own: changes to it
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 20  # steps; 0: only at the end
+    keep: int = 2
+
+
+@dataclass
+class MonitorConfig:
+    wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
+    project: str = "rlpipe"
+    samples: int = 8  # responses shown and kept a step
+
+
+@dataclass
+class ClusterConfig:
+    address: str = "auto"  # auto: the job's or a running cluster, else a local one | local | HOST:PORT
+    object_store_mb: int = 512  # of a local cluster
+    start_timeout_s: float = 300.0  # of placing and starting the workers
+
+
+@dataclass
+class RunConfig:
+    """One run. `python -m rlpipe.run recipe=NAME key=value …`."""
+
+    name: str = ""  # of the recipe, filled in when it is loaded
+    seed: int = 0
+    steps: int = 80
+    output_dir: str = "outputs"
+    run_id: str = ""  # empty: the time of the start
+    resume: str = "never"  # never | auto: the latest run of this recipe, a new one if there is none | path of a run
+    dry_run: bool = False
+    description: str = ""  # what the recipe is and what it was fed; printed at the start
+    model: ModelConfig = field(default_factory=ModelConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    value: ValueConfig = field(default_factory=ValueConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,1 @@
+"""The learner: packed forward and backward passes under DeepSpeed."""

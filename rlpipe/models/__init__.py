@@ -1,0 +1,1 @@
+"""Diffusion language models: stock transformers classes plus a `DiffusionSpec`."""

@@ -1,0 +1,129 @@
+"""The pool of rollout workers: fixed units of work out, whole groups back, weights kept current through restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlpipe.actor_pool import ActorPool, Call, Failure
+from rlpipe.cluster import Placement, wait
+from rlpipe.config import DecoderConfig, RunConfig
+from rlpipe.errors import RolloutFailed, WeightMismatch
+from rlpipe.models.weights import Manifest
+from rlpipe.rollout.worker import RolloutRequest, RolloutWorker
+from rlpipe.sampling.engine import EngineCounters
+from rlpipe.trajectory import Prompt, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """A version of the policy in the object store. buckets: Ray references to uint8 arrays."""
+
+    manifest: Manifest
+    buckets: tuple
+
+
+@dataclass(slots=True)
+class Group:
+    """All samples of one prompt. rewards and parts (one dict a sample) are filled in by the verifiers."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory]
+    texts: list[str]
+    rewards: np.ndarray | None = None
+    parts: list[dict[str, float]] = field(default_factory=list)
+
+
+class RolloutPool:
+    """Units of work are cut by the driver, not by the workers, so results do not depend on how many workers there are."""
+
+    def __init__(self, cfg: RunConfig, model_folder: str, placement: Placement):
+        import ray
+
+        self.cfg = cfg.rollout
+        self.seed = cfg.seed
+        self.current: WeightUpdate | None = None
+        actor = ray.remote(RolloutWorker)
+
+        def make(index: int):
+            options = placement.options("rollout", index)
+            return actor.options(**options).remote(index, model_folder, cfg.model, self.cfg.threads)
+
+        self.pool = ActorPool(
+            make,
+            self.cfg.workers,
+            name="rollout",
+            retries=self.cfg.retries,
+            prepare=self._push,
+            start_timeout_s=cfg.cluster.start_timeout_s,
+        )
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        """Every worker takes the update. Raises WeightMismatch unless all end with its version and checksum."""
+        self.current = update
+        wanted = (update.manifest.version, update.manifest.checksum)
+        replies = self.pool.broadcast(
+            "load_weights",
+            update.manifest,
+            *update.buckets,
+            timeout_s=self.cfg.timeout_s,
+            what=f"weights of version {wanted[0]} on the rollout workers",
+        )
+        for index, reply in enumerate(replies):
+            if tuple(reply) != wanted:
+                raise WeightMismatch(f"rollout worker {index} answered {reply} to weights {wanted}")
+
+    def _push(self, worker) -> None:
+        """A worker that was restarted holds the initial weights: give it the current ones before any work."""
+        if self.current is not None:
+            reference = worker.load_weights.remote(self.current.manifest, *self.current.buckets)
+            wait([reference], what="weights on a restarted rollout worker", timeout_s=self.cfg.timeout_s)
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, *, what: str, seed: int | None = None
+    ) -> tuple[list[Group], EngineCounters]:
+        """Groups in the order of the prompts, and the work they took (seconds: summed over units).
+
+        Raises RolloutFailed when a unit fails more often than its retries allow: an unsampled response is never an empty one.
+        """
+        per_unit = max(1, self.cfg.batch_size // samples)
+        units = [tuple(prompts[i : i + per_unit]) for i in range(0, len(prompts), per_unit)]
+        requests = [
+            RolloutRequest(
+                prompts=unit,
+                samples=samples,
+                decoder=decoder,
+                version=self.current.manifest.version,
+                seed=self.seed if seed is None else seed,
+            )
+            for unit in units
+        ]
+        calls = [
+            Call("generate", (request,), label=f"unit {i + 1}/{len(units)} ({request.prompts[0].uid} …)")
+            for i, request in enumerate(requests)
+        ]
+        results = self.pool.run(calls, timeout_s=self.cfg.timeout_s, what=what)
+        groups, total = [], EngineCounters()
+        for unit, result in zip(units, results, strict=True):
+            if isinstance(result, Failure):
+                raise RolloutFailed(f"{what}: {result}") from result.cause
+            total = total + result.counters
+            for place, prompt in enumerate(unit):
+                mine = range(place * samples, (place + 1) * samples)
+                trajectories = [result.trajectories[i] for i in mine]
+                groups.append(Group(prompt, trajectories, [result.texts[i] for i in mine]))
+        return groups, total
+
+    def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
+        """Tokens one by one, for display; decoded by whichever worker is free."""
+        result = self.pool.run(
+            [Call("token_texts", (list(responses),), label="display")], timeout_s=self.cfg.timeout_s, what="token texts"
+        )[0]
+        if isinstance(result, Failure):
+            raise RolloutFailed(f"token texts: {result}") from result.cause
+        return result
+
+    def close(self) -> None:
+        self.pool.close()

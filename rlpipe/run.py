@@ -1,0 +1,144 @@
+"""The entry: `python -m rlpipe.run recipe=NAME [key=value …]`.
+
+Exit codes: 0 done, 1 the run failed, 2 the recipe, the data or the model is not usable, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from rlpipe.config import RunConfig
+from rlpipe.errors import CheckpointError, ConfigError, DataError, ModelError, RlpipeError
+
+log = logging.getLogger("rlpipe")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a recipe; returns the process's exit code. Every expected failure is one message with its remedy."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except (ConfigError, DataError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RlpipeError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with resume=auto continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def run(arguments: list[str]) -> int:
+    from rlpipe import recipe
+    from rlpipe.data.registry import build_source
+    from rlpipe.plan import describe
+
+    if "help=true" in arguments or "--help" in arguments or "-h" in arguments:
+        print(recipe.document())
+        return 0
+    cfg = recipe.load(arguments)
+    warnings = recipe.check(cfg)
+    if cfg.dry_run:
+        print(describe(cfg, None))
+        for warning in warnings:
+            print(f"warning: {warning}")
+        return 0
+    source = build_source(cfg.data, cfg.seed)
+    run_dir, resume_from = run_folder(cfg)
+    if resume_from is not None and finished(cfg, resume_from):
+        print(f"{run_dir} is finished (step {cfg.steps}); raise steps= to train on, or give resume=never to start anew")
+        return 0
+    return train(cfg, source, run_dir, resume_from, warnings)
+
+
+def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str]) -> int:
+    """Connect, build the driver, run it, leave a summary."""
+    from rlpipe import checkpoint, cluster, recipe
+    from rlpipe.data.source import Cursor
+    from rlpipe.driver import Driver
+    from rlpipe.monitor.monitor import Monitor
+    from rlpipe.plan import roles
+    from rlpipe.sft import initial_model
+
+    saved = checkpoint.read_state(resume_from) if resume_from else None
+    if saved:
+        changes = recipe.differences(recipe.load([f"recipe={run_dir / 'config.yaml'}"]), cfg)
+        shape = {"workers": cfg.learner.workers, "zero_stage": cfg.learner.zero_stage}
+        checkpoint.check_fits(resume_from, saved, fingerprint=recipe.fingerprint(cfg), changes=changes, learner=shape)
+    state = {"step": saved["step"], **saved["monitor"]} if saved else None
+    monitor = Monitor(run_dir, cfg, config_yaml=recipe.to_yaml(cfg), resume=state)
+    status, driver, placement = "failed", None, None
+    try:
+        if cfg.description:
+            monitor.note(cfg.description.strip())
+        for warning in warnings:
+            monitor.warn(warning)
+        needed = roles(cfg)
+        cluster.connect(
+            cfg.cluster,
+            need_cpus=sum(role.workers * role.cpus for role in needed),
+            need_gpus=sum(role.workers * role.gpus for role in needed),
+        )
+        cluster.preflight(needed)
+        with monitor.phase("warm start on demonstrations", cfg.warm_start.steps) as phase:
+            folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
+        placement = cluster.place(needed, cfg.cluster.start_timeout_s)
+        driver = Driver(cfg, run_dir, monitor, source, Cursor(source), str(folder.resolve()), placement, resume_from)
+        summary = driver.run()
+        status = "finished"
+        monitor.finish(summary, status=status)
+        return 0
+    finally:
+        if status != "finished":
+            monitor.finish(driver.summary() if driver else {}, status=status)
+        if driver is not None:
+            driver.close()
+        if placement is not None:
+            placement.remove()
+        cluster.disconnect()
+
+
+def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to resume from or None). `resume=auto` looks at the latest run of the recipe."""
+    from rlpipe import checkpoint
+
+    home = Path(cfg.output_dir) / cfg.name
+    if cfg.resume == "auto":
+        latest = home / "latest"
+        if latest.is_dir():
+            run_dir = latest.resolve()
+            saved = checkpoint.complete(run_dir)
+            if saved:
+                return run_dir, saved[-1]
+            log.info("resume=auto: %s has no complete checkpoint yet; starting anew", run_dir)
+    elif cfg.resume != "never":
+        run_dir = Path(cfg.resume)
+        saved = checkpoint.complete(run_dir)
+        if not saved:
+            raise CheckpointError(f"resume={cfg.resume}: no complete checkpoint under {run_dir / 'checkpoints'}")
+        return run_dir, saved[-1]
+    name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S")
+    run_dir, copy = home / name, 1
+    while run_dir.exists():
+        copy += 1
+        run_dir = home / f"{name}-{copy}"
+    return run_dir, None
+
+
+def finished(cfg: RunConfig, resume_from: Path) -> bool:
+    from rlpipe import checkpoint
+
+    return checkpoint.read_state(resume_from)["step"] >= cfg.steps
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # worker threads of torch and W&B may linger; everything of ours is closed by now

@@ -1,0 +1,163 @@
+"""Supervised warm start: masked-token cross-entropy on demonstrations, for models that know nothing yet.
+
+Objective: in every block (block models) or canvas (full attention) n ~ U{1..size} response tokens are masked, exactly n of
+them, and their cross-entropy is weighted 1/n (LLaDA, arXiv 2502.09992, with exact counts instead of Bernoulli masks).
+Block models see the clean earlier blocks (BD3-LM, arXiv 2503.09573).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlpipe.config import RunConfig, WarmStartConfig
+from rlpipe.errors import DataError
+from rlpipe.models.loading import load_model, load_tokenizer, save_model
+from rlpipe.models.packing import collate, pack_rows
+from rlpipe.models.policy import DiffusionLM
+from rlpipe.models.tiny import KINDS, build_tiny
+from rlpipe.trajectory import Prompt
+
+FORMAT = 1  # of the cache; raise it when the same settings would give other weights
+WARMUP_STEPS = 50
+BETAS = (0.9, 0.98)
+FINAL_LR_SHARE = 0.1
+
+
+def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Folder with the weights that RL starts from: the recipe's own, or a tiny model, warm-started if the recipe says so.
+
+    Made once and cached under `<output_dir>/cache` by content: model, task, warm start and seed. `source` is a prompt source
+    (`alphabet`, `demonstration(index)`). progress(done, total) is called every supervised step.
+    """
+    if cfg.model.path not in KINDS and not cfg.warm_start.steps:
+        load_tokenizer(cfg.model.path)
+        return Path(cfg.model.path)
+    folder = Path(cfg.output_dir) / "cache" / f"initial-{_content_hash(cfg)}"
+    if (folder / "config.json").is_file():
+        return folder
+    if cfg.model.path in KINDS:
+        model, tokenizer = build_tiny(cfg.model, source.alphabet, cfg.seed)
+    else:
+        tokenizer = load_tokenizer(cfg.model.path)
+        model = load_model(cfg.model.path, cfg.model.dtype, cfg.model.block_size)
+    if cfg.warm_start.steps:
+        losses = train(model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    save_model(model, tokenizer, partial)
+    facts = {"steps": cfg.warm_start.steps, "losses": losses if cfg.warm_start.steps else [], "task": cfg.data.task}
+    (partial / "warm_start.json").write_text(json.dumps(facts | {"options": cfg.data.options}, indent=1), encoding="utf8")
+    try:
+        partial.rename(folder)
+    except OSError:  # another run made the same folder meanwhile; it holds the same weights
+        shutil.rmtree(partial)
+    return folder
+
+
+def _content_hash(cfg: RunConfig) -> str:
+    content = {
+        "format": FORMAT,
+        "model": asdict(cfg.model),
+        "warm_start": asdict(cfg.warm_start),
+        "data": asdict(cfg.data),
+        "max_tokens": cfg.rollout.decoder.max_tokens,
+        "seed": cfg.seed,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train(
+    model: DiffusionLM,
+    tokenizer,
+    demonstration: Callable[[int], Prompt],
+    config: WarmStartConfig,
+    max_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train in place on fresh demonstrations; returns the loss of every step (nats per masked token, 1/n weighted)."""
+    rng = np.random.default_rng([seed, 0x5F7])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_share(step, config.steps))
+    losses = []
+    model.train()
+    for step in range(config.steps):
+        first = step * config.batch_size
+        demonstrations = [demonstration(first + i) for i in range(config.batch_size)]
+        loss = _loss(model, tokenizer, demonstrations, max_tokens, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(round(float(loss.detach()), 5))
+        if progress is not None:
+            progress(step + 1, config.steps)
+    return losses
+
+
+def _lr_share(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to a tenth."""
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    done = max(0, step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+    return warm * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _loss(model: DiffusionLM, tokenizer, demonstrations: Sequence[Prompt], max_tokens: int, rng) -> torch.Tensor:
+    spec, packs, weights = model.spec, [], []
+    for prompt in demonstrations:
+        ids = np.array(tokenizer(prompt.text)["input_ids"], np.int32)
+        response = response_ids(tokenizer, prompt, len(ids), max_tokens, spec.block_size)
+        masked, weight = random_masks(len(ids), len(response), spec.block_size, rng)
+        packs += pack_rows(
+            ids, response, masked, masked, block_size=spec.block_size, mask_id=spec.mask_token_id, logit_shift=spec.logit_shift
+        )  # fmt: skip
+        weights.append(weight)
+    offsets = np.cumsum([0, *map(len, weights)])[:-1]
+    batch = collate(packs, [pack.slot + start for pack, start in zip(packs, offsets, strict=True)], 0)
+    logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets)
+    weight = torch.from_numpy(np.concatenate(weights))[batch.slot]
+    return -(weight * logp).sum() / weight.sum()
+
+
+def response_ids(tokenizer, prompt: Prompt, prompt_len: int, max_tokens: int, block_size: int) -> np.ndarray:
+    """int32: the demonstration, then EOS to the end of the terminal block (block models) or of the canvas.
+
+    Raises DataError if there is no demonstration or it is longer than max_tokens.
+    """
+    if prompt.demonstration is None:
+        raise DataError(f"{prompt.uid} has no demonstration; a warm start needs one (or set warm_start.steps=0)")
+    ids = tokenizer(prompt.demonstration)["input_ids"]
+    if len(ids) > max_tokens:
+        raise DataError(
+            f"the demonstration of {prompt.uid} has {len(ids)} tokens; raise rollout.decoder.max_tokens ({max_tokens})"
+        )
+    end = prompt_len + min(len(ids) + 1, max_tokens) if block_size else prompt_len + max_tokens
+    if block_size:
+        end = -(-end // block_size) * block_size
+    return np.array(ids + [tokenizer.eos_token_id] * (end - prompt_len - len(ids)), np.int32)
+
+
+def random_masks(prompt_len: int, response_len: int, block_size: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    """(masked bool [1, L], weight float32 [number masked]): n ~ U{1..size} exact masks in each block, weighted 1/n."""
+    size = block_size or response_len
+    tail = prompt_len % block_size if block_size else 0
+    blocks = (tail + response_len) // size
+    noise = rng.random((blocks, size))
+    noise.ravel()[:tail] = np.inf  # prompt tokens of the first block are never masked
+    room = np.full(blocks, size)
+    room[0] -= tail
+    count = rng.integers(1, room + 1)
+    rank = noise.argsort(-1).argsort(-1)
+    masked = rank < count[:, None]
+    weight = np.repeat(1.0 / count, count).astype(np.float32)
+    return masked.ravel()[tail:][None], weight

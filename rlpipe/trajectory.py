@@ -1,0 +1,248 @@
+"""The one record that travels: what was asked, what was sampled, and how.
+
+A `Trajectory` is enough to replay the rollout: token ids (never text), the absolute block grid, the event log with the
+denoising step of every commit, the log-probabilities at commit time, the weight version of every block and the frozen
+decoder settings. `Trajectories` holds many of them as flat numpy columns, which Ray moves without copying.
+
+Numpy only: importing this module pulls in neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlpipe.errors import NoStepMap
+
+COMMIT, REMASK, EDIT = 0, 1, 2  # kinds of event
+STOP_REASONS = ("eos", "length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question. Example: `Prompt(uid="sudoku/train/0/17", task="sudoku", text="12_4…", answer={"clues": "12_4…"})`.
+
+    `uid` is unique in a run (it names source, pass and index). `answer` is whatever the verifier of `task` needs; it must
+    survive JSON. `demonstration` is a reference response for supervised warm starts, if the source has one.
+    """
+
+    uid: str
+    task: str
+    text: str
+    answer: dict[str, Any] = field(default_factory=dict)
+    demonstration: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventLog:
+    """What happened to the canvas, in order of time; E events, response-relative positions.
+
+    step int32[E] (0-based denoising step) · position int32[E] · token int32[E] (new token; MASK for a remask) ·
+    kind int8[E] (COMMIT, REMASK, EDIT) · logp float32[E] under the sampling distribution · logp_t1 float32[E] at temperature
+    1, unfiltered · confidence float32[E] (probability of the token at temperature 1) · forced bool[E] (no candidate passed
+    the selector's test; this one was taken so that the step makes progress).
+    """
+
+    step: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    kind: np.ndarray
+    logp: np.ndarray
+    logp_t1: np.ndarray
+    confidence: np.ndarray
+    forced: np.ndarray
+
+    DTYPES = {  # a class constant, so not annotated: an annotation would make it a field
+        "step": np.int32, "position": np.int32, "token": np.int32, "kind": np.int8,
+        "logp": np.float32, "logp_t1": np.float32, "confidence": np.float32, "forced": np.bool_,
+    }  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One response to one prompt.
+
+    prompt_ids int32[P] · response_ids int32[L]: the canvas after the prompt, whole terminal block included; positions that
+    were never committed still hold MASK · valid_len: tokens that count, up to and including the first EOS and at most
+    `max_tokens` · block_size: of the absolute grid (position 0 is the first prompt token); 0 means one canvas (full
+    attention) · versions int32[blocks touched by the response]: weight version of each block · stop: 'eos' | 'length' ·
+    decoder: frozen decoder settings (JSON-able) · exact: the cache was exact, so `logp` can be replayed.
+    """
+
+    uid: str
+    sample: int
+    seed: int
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    valid_len: int
+    block_size: int
+    versions: np.ndarray
+    stop: str
+    events: EventLog
+    decoder: dict[str, Any]
+    exact: bool = True
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def response_len(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def version(self) -> int:
+        """The oldest weight version that any token was sampled with."""
+        return int(self.versions.min())
+
+    def loss_mask(self) -> np.ndarray:
+        """bool[L]: tokens that count (valid and committed)."""
+        mask = np.arange(self.response_len) < self.valid_len
+        return mask & (self.step_map() > 0)
+
+    def is_monotone(self) -> bool:
+        """True if every event is a commit and no position has two."""
+        log = self.events
+        return bool((log.kind == COMMIT).all()) and len(np.unique(log.position)) == len(log)
+
+    def step_map(self) -> np.ndarray:
+        """int32[L]: 1-based denoising step at which each token was committed; 0 where none ever was.
+
+        Raises NoStepMap if a token was re-masked or edited: then only the event log describes the rollout.
+        """
+        self._require_monotone()
+        steps = np.zeros(self.response_len, np.int32)
+        steps[self.events.position] = self.events.step + 1
+        return steps
+
+    def at_commit(self, column: str) -> np.ndarray:
+        """[L]: one column of the event log laid out by response position (0 where never committed); monotone only."""
+        self._require_monotone()
+        values = getattr(self.events, column)
+        out = np.zeros(self.response_len, values.dtype)
+        out[self.events.position] = values
+        return out
+
+    def state(self, step: int, mask_id: int) -> np.ndarray:
+        """int32[L]: the response canvas just before 0-based denoising step `step`, replayed from the event log."""
+        canvas = np.full(self.response_len, mask_id, np.int32)
+        log = self.events
+        for event in np.flatnonzero(log.step < step):  # in order of time: a later event wins
+            canvas[log.position[event]] = mask_id if log.kind[event] == REMASK else log.token[event]
+        return canvas
+
+    def _require_monotone(self) -> None:
+        if not self.is_monotone():
+            raise NoStepMap(
+                f"trajectory {self.uid}#{self.sample}: tokens were re-masked or edited after their commit, so it has no step "
+                "map; use an objective that reads the event log, or a decoder without an editor"
+            )
+
+
+_SCALARS = {"sample": np.int32, "seed": np.int64, "valid_len": np.int32, "block_size": np.int32, "exact": np.bool_}
+_RAGGED = {"prompt_ids": np.int32, "response_ids": np.int32, "versions": np.int32}
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectories(Sequence):
+    """N trajectories as flat columns. Indexing gives a `Trajectory` whose arrays are views.
+
+    columns: scalars `[N]` (sample, seed, valid_len, block_size, exact, stop as index of STOP_REASONS); ragged
+    `NAME` with `NAME.offsets` int64[N+1] for prompt_ids, response_ids, versions; event columns `events.NAME` sharing
+    `events.offsets`. uids: list of N. decoder: one settings dict for all.
+    """
+
+    columns: dict[str, np.ndarray]
+    uids: tuple[str, ...]
+    decoder: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        c = self.columns
+        events = EventLog(**{k: _slice(c, f"events.{k}", "events.offsets", index) for k in EventLog.DTYPES})
+        ragged = {k: _slice(c, k, f"{k}.offsets", index) for k in _RAGGED}
+        return Trajectory(
+            uid=self.uids[index],
+            sample=int(c["sample"][index]),
+            seed=int(c["seed"][index]),
+            valid_len=int(c["valid_len"][index]),
+            block_size=int(c["block_size"][index]),
+            exact=bool(c["exact"][index]),
+            stop=STOP_REASONS[c["stop"][index]],
+            events=events,
+            decoder=self.decoder,
+            **ragged,
+        )
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(column.nbytes for column in self.columns.values())
+
+    @classmethod
+    def of(cls, trajectories: Iterable[Trajectory]) -> Trajectories:
+        """Columns from records. Raises ValueError if their decoder settings differ or there is none."""
+        rows = list(trajectories)
+        if not rows:
+            raise ValueError("no trajectories to store")
+        if any(row.decoder != rows[0].decoder for row in rows):
+            raise ValueError("trajectories of one store must share their decoder settings")
+        columns = {k: np.array([getattr(row, k) for row in rows], dtype) for k, dtype in _SCALARS.items()}
+        columns["stop"] = np.array([STOP_REASONS.index(row.stop) for row in rows], np.int8)
+        for k, dtype in _RAGGED.items():
+            columns[k], columns[f"{k}.offsets"] = _concat([getattr(row, k) for row in rows], dtype)
+        for k, dtype in EventLog.DTYPES.items():
+            columns[f"events.{k}"], columns["events.offsets"] = _concat([getattr(r.events, k) for r in rows], dtype)
+        return cls(columns, tuple(row.uid for row in rows), dict(rows[0].decoder))
+
+    def select(self, indices: Sequence[int]) -> Trajectories:
+        """The given rows, in that order, as a store of its own (copied: the original can be freed)."""
+        return Trajectories.of([self[i] for i in indices])
+
+    @classmethod
+    def concat(cls, parts: Sequence[Trajectories]) -> Trajectories:
+        return cls.of([row for part in parts for row in part])
+
+    def save(self, path: str | Path) -> None:
+        """Write as .npz; `load` gives the same bytes back."""
+        meta = np.array(json.dumps({"uids": list(self.uids), "decoder": self.decoder}))
+        np.savez_compressed(path, meta=meta, **self.columns)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectories:
+        with np.load(path, allow_pickle=False) as data:
+            meta = json.loads(str(data["meta"]))
+            columns = {k: data[k] for k in data.files if k != "meta"}
+        return cls(columns, tuple(meta["uids"]), meta["decoder"])
+
+
+def _slice(columns: dict[str, np.ndarray], name: str, offsets: str, index: int) -> np.ndarray:
+    start, end = columns[offsets][index], columns[offsets][index + 1]
+    return columns[name][start:end]
+
+
+def _concat(arrays: list[np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(a) for a in arrays], out=offsets[1:])
+    return np.concatenate(arrays).astype(dtype, copy=False), offsets
+
+
+def replace(trajectory: Trajectory, **changes: Any) -> Trajectory:
+    """A copy with some fields changed."""
+    return dataclasses.replace(trajectory, **changes)

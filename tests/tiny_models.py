@@ -1,0 +1,44 @@
+"""Tiny models and prompts that several tests share."""
+
+from functools import cache
+
+import numpy as np
+
+from rlpipe.config import DecoderConfig, ModelConfig
+from rlpipe.models.policy import DiffusionLM
+from rlpipe.models.spec import DiffusionSpec
+from rlpipe.models.tiny import build_tiny
+from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.engine import Engine
+
+ALPHABET = "0123456789_+-*/=() "
+
+
+@cache
+def tiny(kind: str, seed: int = 0):
+    """(model, tokenizer): two layers, weights large enough that predictions differ from position to position."""
+    model, tokenizer = build_tiny(ModelConfig(path=f"tiny:{kind}", layers=2, width=32, heads=2, mlp=64), ALPHABET, seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(8.0)
+    return model, tokenizer
+
+
+def with_spec(model, **changes):
+    """The same weights read with another spec."""
+    return DiffusionLM(model.lm, DiffusionSpec.from_dict(model.spec.to_dict() | changes))
+
+
+def prompts(tokenizer, count: int, ragged: bool = True) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    texts = ["".join(rng.choice(list(ALPHABET), 3 + (5 * i) % 11 if ragged else 8)) for i in range(count)]
+    return [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
+
+
+def sample(model, tokens, seeds=None, version: int = 0, **decoder):
+    """Trajectories for the given prompts."""
+    settings = Decoder.resolve(DecoderConfig(**decoder), model.spec)
+    seeds = list(range(len(tokens))) if seeds is None else seeds
+    return Engine(model).sample(
+        tokens, uids=[f"p{s}" for s in seeds], samples=[0] * len(tokens), seeds=seeds, decoder=settings, version=version
+    )
