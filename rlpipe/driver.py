@@ -46,7 +46,7 @@ class Driver:
     ):
         self.cfg, self.run_dir, self.monitor = cfg, run_dir, monitor
         self.source, self.cursor = source, cursor
-        self.objective = build_objective(cfg.algo)
+        self.objective = build_objective(cfg.algo, cfg.rollout.decoder.max_tokens)
         self.resume_from = resume_from
         self.state: dict[str, Any] = {"step": 0, "eval_start": None, "parity_max_abs_delta": 0.0, "tokens": 0, "seconds": 0.0}
         monitor.note("starting the workers")

@@ -15,7 +15,7 @@ def reference_ids(prompt_len: int, response_len: int, size: int):
     prompt = [-1 - (prompt_len - 1 - q) // size for q in range(prompt_len)]
     response = [j // size for j in range(response_len)]
     block = torch.tensor([prompt + response + response])
-    copy = torch.tensor([[0] * (prompt_len + response_len) + [1] * response_len])
+    copy = torch.tensor([[0] * (prompt_len + response_len) + [1 + b for b in response]])
     return block, copy
 
 

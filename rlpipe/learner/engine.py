@@ -125,12 +125,17 @@ class DeepSpeedLearner:
             self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
             loss, batch_sums = self._loss(batch)
             self.engine.backward(loss * self.world)  # DeepSpeed averages gradients over ranks; our losses add up
+            norm = self._plain_norm() if self.config.zero_stage == 0 else None
             self.engine.step()
             merge_sums(sums, batch_sums)
         if self.engine.global_steps != before + 1:
             raise RlpipeError(f"an update made {self.engine.global_steps - before} optimizer steps instead of one")
         self.updates_done += 1
-        return {"sums": sums, "grad_norm": float(self.engine.get_global_grad_norm() or 0.0), "lr": rate}
+        return {"sums": sums, "grad_norm": float(norm or self.engine.get_global_grad_norm()), "lr": rate}
+
+    def _plain_norm(self) -> torch.Tensor:
+        """Norm of the reduced gradients before clipping; without ZeRO DeepSpeed does not keep it."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
 
     def _loss(self, batch: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
         logp, entropy = self._forward(batch)

@@ -21,7 +21,10 @@ class LearnerGroup:
         import ray
 
         self.cfg, self.config = cfg, cfg.learner
-        environment = {"OMP_NUM_THREADS": str(self.config.threads)}
+        environment = {
+            "OMP_NUM_THREADS": str(self.config.threads),
+            "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed calls renamed collectives: a line per micro-batch otherwise
+        }
         if not self.config.gpus:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         actor = ray.remote(LearnerWorker)

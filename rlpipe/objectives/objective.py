@@ -1,0 +1,139 @@
+"""An objective is five small choices: row planner, ratio unit, advantage, loss, reducer. A preset names them.
+
+Adding a method means one entry in `PRESETS` and at most one new function of the kind that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlpipe.config import AlgoConfig
+from rlpipe.errors import ConfigError
+from rlpipe.objectives.advantages import ADVANTAGES, group_advantages
+from rlpipe.objectives.losses import KL_ESTIMATORS, RatioUnit, kl_penalty, policy_loss, token_log_ratio
+from rlpipe.objectives.planner import Planner, RandomMask, Replay
+from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS, token_weights
+from rlpipe.objectives.rows import Rows
+from rlpipe.objectives.statistics import LossTerms, finalize, finalize_updates, ratio_sums
+from rlpipe.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """The five choices of a method; the recipe's `algo` section supplies their numbers.
+
+    planner: makes a `Planner` of the recipe · ratio_unit: see `token_log_ratio` · advantage: see `group_advantages` ·
+    policy_loss: see `losses.policy_loss` · reducer: see `token_weights` · uses_shrink: algo.shrink matters to it.
+    """
+
+    planner: Callable[[AlgoConfig], Planner]
+    ratio_unit: RatioUnit = token_log_ratio
+    advantage: Callable[[np.ndarray, str], np.ndarray] = group_advantages
+    policy_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = policy_loss
+    reducer: Callable[..., list[np.ndarray]] = token_weights
+    uses_shrink: bool = True
+
+
+PRESETS: dict[str, Preset] = {
+    "tracerl": Preset(planner=lambda algo: Replay(algo.shrink)),
+    "random_mask": Preset(planner=lambda algo: RandomMask(), uses_shrink=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A preset with a recipe's numbers; holds no state. max_tokens: response budget, for reducer `constant` only."""
+
+    preset: Preset
+    algo: AlgoConfig
+    planner: Planner
+    max_tokens: int | None = None
+
+    @property
+    def replays_rollout(self) -> bool:
+        """The rows show exactly the states that the sampler saw."""
+        return self.planner.replays_rollout
+
+    def plan(self, trajectory: Trajectory, rng: np.random.Generator) -> Rows:
+        """Rows of one trajectory. Old, reference and new log-probabilities must be scored on the same rows."""
+        return self.planner.plan(trajectory, rng)
+
+    def advantages(self, rewards: np.ndarray) -> np.ndarray:
+        """rewards float[G] of one group → float32[G]."""
+        return self.preset.advantage(rewards, self.algo.advantage)
+
+    def weights(self, rows: Sequence[Rows], response_lens: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(policy, KL) weights of all scored tokens of one update: rows and canvas lengths of all its responses."""
+        policy, kl = (
+            self.preset.reducer(rows, normalizer=name, response_lens=response_lens, max_tokens=self.max_tokens)
+            for name in (self.algo.normalizer, self.algo.kl_normalizer or self.algo.normalizer)
+        )
+        return policy, kl
+
+    def loss(
+        self,
+        logp: torch.Tensor,
+        old_logp: torch.Tensor,
+        advantage: torch.Tensor,
+        policy_weight: torch.Tensor,
+        kl_weight: torch.Tensor,
+        entropy: torch.Tensor | None = None,
+    ) -> LossTerms:
+        """Σ policy_weight · policy loss + kl_coef · Σ kl_weight · KL, over any part of an update's scored tokens [T].
+
+        logp carries the gradient; old_logp is both the ratio's denominator and the KL's reference: the policy that
+        opened the step. entropy: nats, only reported.
+        """
+        algo, old_logp = self.algo, old_logp.detach()
+        per_token, ratio = self.preset.policy_loss(
+            logp, old_logp, advantage, algo.clip_low, algo.clip_high, ratio_unit=self.preset.ratio_unit
+        )
+        policy = (policy_weight * per_token).sum()
+        kl = torch.zeros_like(policy)
+        if algo.kl_coef:
+            kl = algo.kl_coef * (kl_weight * kl_penalty(logp, old_logp, algo.kl_estimator)).sum()
+        loss = policy + kl
+        sums = ratio_sums(ratio, logp, old_logp, advantage, algo.clip_low, algo.clip_high)
+        sums |= {"loss": loss.detach(), "policy_loss": policy.detach(), "kl_loss": kl.detach()}
+        if entropy is not None:
+            sums["entropy"] = entropy.detach().float().sum()
+        return LossTerms(loss, sums)
+
+    def finalize(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """algo/ metrics of one update from its sums over micro-batches and ranks; see `statistics.finalize`."""
+        return finalize(sums)
+
+    def finalize_updates(self, updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """algo/ metrics of one step; see `statistics.finalize_updates`."""
+        return finalize_updates(updates)
+
+
+def build_objective(algo: AlgoConfig, max_tokens: int | None = None) -> Objective:
+    """The objective that a recipe names. max_tokens: rollout.decoder.max_tokens, needed where `weights` is called
+    with the normalizer `constant`. Raises ConfigError, with the nearest match for a wrong name."""
+    _known("preset", algo.preset, tuple(PRESETS))
+    _known("advantage", algo.advantage, ADVANTAGES)
+    _known("kl_estimator", algo.kl_estimator, KL_ESTIMATORS)
+    _known("normalizer", algo.normalizer, NORMALIZERS)
+    if algo.kl_normalizer:
+        _known("kl_normalizer", algo.kl_normalizer, KL_NORMALIZERS)
+    preset = PRESETS[algo.preset]
+    if algo.shrink < 1 or (algo.shrink != 1 and not preset.uses_shrink):
+        wanted = "must be at least 1" if preset.uses_shrink else f"preset {algo.preset} merges no steps; leave it 1"
+        raise ConfigError(f"algo.shrink={algo.shrink}: {wanted}")
+    for name in ("clip_low", "clip_high", "kl_coef"):
+        if not getattr(algo, name) >= 0:
+            raise ConfigError(f"algo.{name}={getattr(algo, name)}: must not be negative")
+    return Objective(preset, algo, preset.planner(algo), max_tokens)
+
+
+def _known(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest = get_close_matches(value, choices, 1, 0.0)[0]
+        raise ConfigError(f"algo.{key}={value}: known are {', '.join(choices)}; did you mean {nearest}?")

@@ -1,0 +1,101 @@
+"""What a loss reports about itself: sums that add over micro-batches and ranks, and the metrics made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlpipe.errors import RlpipeError
+from rlpipe.objectives.losses import clip_is_active, kl_penalty
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """loss: scalar to backward, this micro-batch's share of the update's · sums: detached scalars by name; they add,
+    except that names starting with `max_` keep the largest."""
+
+    loss: torch.Tensor
+    sums: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def ratio_sums(
+    ratio: torch.Tensor,
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> dict[str, torch.Tensor]:
+    """Sums over the scored tokens [T] that show how far the policy has moved from the one that opened the step."""
+    low, high = clip_is_active(ratio, advantage, clip_low, clip_high)
+    drift = (logp.float() - old_logp.float()).abs()
+    return {
+        "tokens": torch.full_like(drift, 1.0).sum(),
+        "ratio": ratio.float().sum(),
+        "clipped_low": low.float().sum(),
+        "clipped_high": high.float().sum(),
+        "approx_kl": kl_penalty(logp, old_logp, "k3").float().sum(),
+        "max_abs_log_ratio": drift.amax() if drift.numel() else drift.new_zeros(()),
+    }
+
+
+def finalize(sums: Mapping[str, Any], updates: int = 1) -> dict[str, float]:
+    """Metrics algo/… from the sums over `updates` whole updates: losses are means over updates, the rest over tokens.
+
+    Raises RlpipeError if the loss is not finite: the weights are then lost, and nothing after it may be kept.
+    """
+    values = {name: float(value) for name, value in sums.items()}
+    tokens = max(values.get("tokens", 0.0), 1.0)
+    metrics = {f"algo/{name}": values.get(name, 0.0) / updates for name in ("loss", "policy_loss", "kl_loss")}
+    if not math.isfinite(metrics["algo/loss"]):
+        raise RlpipeError(
+            f"the loss of an update is {metrics['algo/loss']} (policy {metrics['algo/policy_loss']}, KL "
+            f"{metrics['algo/kl_loss']}). Go back to the last checkpoint with a lower learner.lr; if it is the very "
+            "first update, a scored token has probability 0: compare the suppressed token ids with the rollout's"
+        )
+    metrics |= {
+        "algo/ratio_mean": values.get("ratio", 0.0) / tokens,
+        "algo/clip_fraction_low": values.get("clipped_low", 0.0) / tokens,
+        "algo/clip_fraction_high": values.get("clipped_high", 0.0) / tokens,
+        "algo/approx_kl": values.get("approx_kl", 0.0) / tokens,
+        "algo/max_abs_log_ratio": values.get("max_abs_log_ratio", 0.0),
+        "algo/scored_tokens": values.get("tokens", 0.0) / updates,
+    }
+    metrics["algo/clip_fraction"] = metrics["algo/clip_fraction_low"] + metrics["algo/clip_fraction_high"]
+    if "entropy" in values:
+        metrics["algo/entropy"] = values["entropy"] / tokens
+    return metrics
+
+
+def finalize_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics of a step from its optimizer updates.
+
+    updates: dicts with `sums` (over micro-batches and ranks), `grad_norm` and `lr`. Gradient norm: mean and largest;
+    learning rate: of the last update. Raises RlpipeError if any loss or gradient norm is not finite.
+    """
+    if not updates:
+        return {"algo/updates": 0.0}
+    total: dict[str, float] = {}
+    for update in updates:
+        finalize(update["sums"])  # refuses a loss that is not finite, whatever the others are
+        for name, value in update["sums"].items():
+            largest = name.startswith("max_")
+            before = total.get(name, -math.inf if largest else 0.0)
+            total[name] = max(before, float(value)) if largest else before + float(value)
+    norms = [float(update["grad_norm"]) for update in updates]
+    if not all(map(math.isfinite, norms)):
+        raise RlpipeError(
+            f"gradient norms of the step's updates are {norms}: the weights are lost. Go back to the last checkpoint "
+            "with a lower learner.lr, and look for an overflow if model.dtype is not float32"
+        )
+    return finalize(total, len(updates)) | {
+        "algo/grad_norm": sum(norms) / len(norms),
+        "algo/grad_norm_max": max(norms),
+        "algo/lr": float(updates[-1]["lr"]),
+        "algo/updates": float(len(updates)),
+    }
