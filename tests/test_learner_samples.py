@@ -87,3 +87,13 @@ def test_shards_refer_to_their_own_samples(ranks):
                 seen += sum(shard.samples[i].num_scored for i in batch if i >= 0)
     assert seen == sum(plan.samples[i].num_scored for update in plan.updates for i in update)
     assert len({len(shard.gauge) for shard in shards}) == 1
+
+
+def test_a_response_with_nothing_to_score_makes_no_sample():
+    from rlpipe.learner.step import make_samples
+    from rlpipe.objectives.rows import Rows
+
+    _, records = step_plan("block", count=2)
+    none = Rows(masked=np.zeros((0, 10), bool), scored=np.zeros((0, 10), bool), step=np.zeros(0, np.int32))
+    empty = np.zeros(0, np.float32)
+    assert make_samples(records[0], none, empty, empty, empty, replays=True) == []

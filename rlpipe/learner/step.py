@@ -78,6 +78,8 @@ def make_samples(
 
     replays: the rows show the learner exactly the states the sampler saw, so log-probabilities can be compared.
     """
+    if not len(rows):
+        return []
     if replays and trajectory.exact:
         rollout = np.broadcast_to(trajectory.at_commit("logp"), rows.scored.shape)[rows.scored]
     else:

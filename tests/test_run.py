@@ -1,0 +1,174 @@
+"""The command a user types, as a process: what it leaves, and what survives kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+HERE = Path(__file__).parent
+SMALL = [
+    "recipe=quickstart", "steps=6", "eval.every=3", "eval.prompts=16", "checkpoint.every=2", "warm_start.steps=8",
+    "model.layers=2", "model.width=32", "model.heads=2", "model.mlp=64", "algo.prompts_per_step=6",
+    "algo.samples_per_prompt=4", "rollout.batch_size=8", f"verifier.name={HERE / 'clue_verifier.py'}:share",
+    "monitor.wandb=offline", "monitor.samples=2", "cluster.address=local", "learner.threads=1",
+]  # fmt: skip
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    """`python -m rlpipe.run` with its outputs in `folder`; the console goes to console.txt there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    console = (folder / "console.txt").open("a")
+    command = [sys.executable, "-m", "rlpipe.run", *SMALL, f"output_dir={folder}", *overrides]
+    return subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=console, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, folder: Path) -> Path:
+    """Wait for exit 0; returns the run's folder."""
+    code = process.wait(timeout=400)
+    assert code == 0, (folder / "console.txt").read_text()[-3000:]
+    return (folder / "quickstart" / "latest").resolve()
+
+
+def metrics(run: Path) -> list[dict]:
+    """metrics.jsonl without what measures time and faults."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def weights(run: Path, step: int = 6) -> bytes:
+    return (run / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors").read_bytes()
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in folder.glob("quickstart/2*/metrics.jsonl"):
+            if any(json.loads(line)["step"] >= step for line in path.read_text().splitlines() if line.endswith("}")):
+                return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} never came:\n" + (folder / "console.txt").read_text()[-3000:])
+
+
+def tree(process: subprocess.Popen) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("baseline")
+    return finish(start(folder), folder)
+
+
+def test_what_a_run_leaves(baseline):
+    names = {path.name for path in baseline.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "checkpoints", "trajectories"} <= names
+    lines = metrics(baseline)
+    assert [line["step"] for line in lines] == list(range(7))
+    sections = {key.split("/")[0] for line in lines for key in line} - {"step"}
+    assert sections == {"reward", "rollout", "algo", "parity", "eval"}
+    assert all(line["parity/max_abs_delta"] <= 1e-4 for line in lines[1:])
+    assert "reward/digits" in lines[1]  # a verifier's parts are logged apart
+    assert [i for i, line in enumerate(lines) if "eval/accuracy" in line] == [0, 3, 6]
+    summary = json.loads((baseline / "summary.json").read_text())
+    wanted = {"eval_start", "eval_final", "steps", "seconds", "tokens_per_s", "parity_max_abs_delta"}
+    assert wanted <= summary.keys() and summary["steps"] == 6
+    assert summary["parity_max_abs_delta"] <= 1e-4
+    kept = sorted(path.name for path in (baseline / "checkpoints").iterdir())
+    assert kept == ["step_000004", "step_000006"]
+    console = (baseline.parent.parent / "console.txt").read_text()
+    assert "careless" in console, "the console says what the warm start was fed"
+
+
+def test_the_exported_model_loads_and_is_not_the_initial_one(baseline):
+    from rlpipe.models.loading import load_model, load_tokenizer
+
+    folder = baseline / "checkpoints" / "step_000006" / "model"
+    model = load_model(folder)
+    initial = load_model(next((baseline.parent.parent / "cache").glob("initial-*")))
+    assert load_tokenizer(folder).mask_token_id == model.spec.mask_token_id
+    assert any((a != b).any() for a, b in zip(model.parameters(), initial.parameters(), strict=True))
+
+
+def test_killed_workers_change_nothing(baseline, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, process, 1)
+    killed = []
+    for name in ("RolloutWorker", "VerifierWorker"):
+        victims = [p for p in tree(process) if f"ray::{name}" in " ".join(p.cmdline()[:1])]
+        assert victims, f"no {name} found among the run's processes"
+        victims[0].send_signal(signal.SIGKILL)
+        killed.append(victims[0].pid)
+    run = finish(process, tmp_path)
+    assert metrics(run) == metrics(baseline)
+    assert weights(run) == weights(baseline)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["perf/restarts"] >= 1, f"killed {killed}, but nothing was restarted"
+
+
+def test_kill_everything_and_resume_is_bit_identical(baseline, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, process, 3)
+    for victim in tree(process):
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(timeout=30)
+    first = (tmp_path / "quickstart" / "latest").resolve()
+    run = finish(start(tmp_path, "resume=auto"), tmp_path)
+    assert run == first, "resume=auto continues the same run"
+    assert metrics(run) == metrics(baseline)
+    assert weights(run) == weights(baseline)
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (run, baseline))
+    for key in ("eval_start", "eval_final", "steps", "parity_max_abs_delta"):
+        assert ours[key] == theirs[key]
+
+    done = start(tmp_path, "resume=auto")
+    assert done.wait(timeout=100) == 0
+    assert "finished" in (tmp_path / "console.txt").read_text().splitlines()[-1]
+    refused = start(tmp_path, "resume=auto", "steps=8", "learner.lr=0.1")
+    assert refused.wait(timeout=100) == 1
+    assert "learner.lr" in (tmp_path / "console.txt").read_text().split("finished")[-1]
+
+
+def test_two_ranks_and_three_workers_give_the_same_samples(baseline, tmp_path):
+    """The first step's experience depends neither on the number of workers nor on the learner's shape; later ones to rounding."""
+    overrides = ["steps=2", "learner.workers=2", "learner.zero_stage=3", "rollout.workers=3", "verifier.workers=1"]
+    run = finish(start(tmp_path, *overrides), tmp_path)
+    ours, theirs = metrics(run), metrics(baseline)
+    assert ours[0] == theirs[0]
+    assert {k: v for k, v in ours[1].items() if k[:6] in ("reward", "rollou")} == {
+        k: v for k, v in theirs[1].items() if k[:6] in ("reward", "rollou")
+    }
+    for key in ("algo/policy_loss", "algo/grad_norm", "algo/entropy"):
+        np.testing.assert_allclose(ours[1][key], theirs[1][key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides, code, message",
+    [
+        (["algo.prompt_per_step=3"], 2, "algo.prompts_per_step"),
+        (["recipe=quikstart"], 2, "quickstart"),
+        (["model.path=/nowhere/at/all"], 2, "no config.json"),
+        (["data.task=jsonl", "data.train=/nowhere.jsonl", "data.test=/nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["resume=/nowhere"], 1, "no complete checkpoint"),
+        (["rollout.cpus=4000"], 1, "CPU"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, overrides, code, message):
+    process = start(tmp_path, *overrides)
+    assert process.wait(timeout=200) == code
+    console = (tmp_path / "console.txt").read_text()
+    assert message in console and "error:" in console
+    assert "Traceback" not in console
