@@ -48,7 +48,13 @@ class Driver:
         self.source, self.cursor = source, cursor
         self.objective = build_objective(cfg.algo, cfg.rollout.decoder.max_tokens)
         self.resume_from = resume_from
-        self.state: dict[str, Any] = {"step": 0, "eval_start": None, "parity_max_abs_delta": 0.0, "tokens": 0, "seconds": 0.0}
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "eval_start": None,
+            "parity_max_abs_delta": 0.0,
+            "tokens": 0,
+            "seconds": 0.0,
+        }
         monitor.note("starting the workers")
         self.learner = LearnerGroup(cfg, model_folder, placement)
         self.rollouts = RolloutPool(cfg, model_folder, placement)
@@ -171,7 +177,7 @@ class Driver:
             "seed": self.cfg.seed,
             "steps": state["step"],
             "eval_start": state["eval_start"],
-            "eval_final": state["eval_last"],
+            "eval_final": state.get("eval_last"),
             "seconds": state["seconds"],
             "tokens_per_s": state["tokens"] / state["seconds"] if state["seconds"] else 0.0,
             "parity_max_abs_delta": state["parity_max_abs_delta"],

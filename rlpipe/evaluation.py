@@ -16,7 +16,12 @@ SEED = 20_250_901  # of evaluation noise: the same for every run, so that runs a
 
 
 def evaluate(
-    rollouts: RolloutPool, verifiers: VerifierPool, prompts: Sequence[Prompt], decoder: DecoderConfig, samples: int, name: str
+    rollouts: RolloutPool,
+    verifiers: VerifierPool,
+    prompts: Sequence[Prompt],
+    decoder: DecoderConfig,
+    samples: int,
+    name: str,
 ) -> dict[str, float]:
     """Metrics `eval/…` of one decoder: accuracy (mean reward over all samples), tokens_per_step (denoising steps, valid tokens),
     response_len, eos_share. Raises VerifierFailed if any group could not be scored: a partial figure would mislead."""

@@ -51,7 +51,9 @@ def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] |
         tokenizer = load_tokenizer(cfg.model.path)
         model = load_model(cfg.model.path, cfg.model.dtype, cfg.model.block_size)
     if cfg.warm_start.steps:
-        losses = train(model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress)
+        losses = train(
+            model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress
+        )
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     save_model(model, tokenizer, partial)
     facts = {"steps": cfg.warm_start.steps, "losses": losses if cfg.warm_start.steps else [], "task": cfg.data.task}

@@ -27,9 +27,7 @@ def test_columns_give_samples_back_with_their_packed_length(kind):
     for want, got in zip(plan.samples, store, strict=True):
         for name in Sample.__slots__:
             np.testing.assert_array_equal(getattr(want, name), getattr(got, name))
-        packs = pack_rows(
-            got.prompt_ids, got.response_ids, got.masked, got.scored, block_size=got.block_size, mask_id=2
-        )
+        packs = pack_rows(got.prompt_ids, got.response_ids, got.masked, got.scored, block_size=got.block_size, mask_id=2)
         assert [len(pack) for pack in packs] == [got.packed_tokens()]
         assert sorted(packs[0].slot.tolist()) == list(range(got.num_scored))
 

@@ -87,7 +87,8 @@ def test_bad_folders_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention": "causal"}, {"block_size": 0}, {"attention": "full"}, {"logit_shift": 1}, {"logit_shift": 2}]
+    "changes",
+    [{"attention": "causal"}, {"block_size": 0}, {"attention": "full"}, {"logit_shift": 1}, {"logit_shift": 2}],
 )
 def test_impossible_specs_are_refused(changes):
     with pytest.raises(ModelError):

@@ -65,9 +65,7 @@ def random_trajectory(rng: np.random.Generator) -> Trajectory:
     if block_size:
         length += -(prompt_len + length) % block_size
     steps = rng.integers(0 if rng.random() < 0.5 else 1, 12, length)
-    return trajectory_of(
-        steps, valid_len=int(rng.integers(0, length + 1)), block_size=block_size, prompt_len=prompt_len
-    )
+    return trajectory_of(steps, valid_len=int(rng.integers(0, length + 1)), block_size=block_size, prompt_len=prompt_len)
 
 
 def loop_rows(trajectory: Trajectory, shrink: int) -> tuple[list[list[bool]], list[list[bool]]]:
@@ -335,9 +333,7 @@ def test_rows_concat():
     rows = plan_replay(trajectory)
     both = Rows.concat([rows, rows])
     assert len(both) == 8 and both.num_scored == 8 and not both.partitions(trajectory.loss_mask())
-    with_targets = Rows(
-        masked=rows.masked, scored=rows.scored, step=rows.step, targets=np.zeros(rows.scored.shape, np.int32)
-    )
+    with_targets = Rows(masked=rows.masked, scored=rows.scored, step=rows.step, targets=np.zeros(rows.scored.shape, np.int32))
     assert Rows.concat([with_targets, with_targets]).targets.shape == (8, 4)
     with pytest.raises(ValueError, match="targets"):
         Rows.concat([rows, with_targets])

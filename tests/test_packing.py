@@ -88,17 +88,13 @@ def replay(model, records, batch_size: int) -> np.ndarray:
         batch = collate(packs, slots, 0)
         temperature = records[0].decoder["temperature"]
         with torch.no_grad():
-            logp, _ = model(
-                batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets, temperature
-            )
+            logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets, temperature)
         gaps.append(np.abs(logp.numpy() - np.concatenate(rollout)[batch.slot.numpy()]))
     return np.concatenate(gaps)
 
 
 @pytest.mark.parametrize("kind", ("block", "full"))
-@pytest.mark.parametrize(
-    "decoder", [{}, {"select": "threshold", "threshold": 0.3}, {"tokens_per_step": 2, "temperature": 0.7}]
-)
+@pytest.mark.parametrize("decoder", [{}, {"select": "threshold", "threshold": 0.3}, {"tokens_per_step": 2, "temperature": 0.7}])
 def test_replay_reproduces_the_rollouts_log_probabilities(kind, decoder):
     model, tokenizer = tiny(kind)
     records, _ = sample(model, prompts(tokenizer, 10), max_tokens=14, **decoder)

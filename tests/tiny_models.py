@@ -20,7 +20,7 @@ def tiny(kind: str, seed: int = 0):
     model, tokenizer = build_tiny(ModelConfig(path=f"tiny:{kind}", layers=2, width=32, heads=2, mlp=64), ALPHABET, seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.mul_(8.0)
+            parameter.data.mul_(2.0)
     return model, tokenizer
 
 

@@ -56,9 +56,7 @@ def _import_deepspeed():
 class DeepSpeedLearner:
     """model: on its device already. objective: the loss. temperature: of the sampler, so that ratios compare like with like."""
 
-    def __init__(
-        self, model: DiffusionLM, objective: Objective, config: LearnerConfig, temperature: float, total_updates: int
-    ):
+    def __init__(self, model: DiffusionLM, objective: Objective, config: LearnerConfig, temperature: float, total_updates: int):
         self.deepspeed = _import_deepspeed()
         self.objective, self.config = objective, config
         self.temperature, self.total_updates = temperature, total_updates

@@ -138,9 +138,7 @@ def make_shards(
         mine = [plan[rank] for plan in plans]
         held = sorted({max(i, ~i) for plan in mine for batch in plan for i in batch})
         local = {index: place for place, index in enumerate(held)}
-        renamed = [
-            [[local[i] if i >= 0 else ~local[~i] for i in batch] for batch in plan] for plan in mine
-        ]
+        renamed = [[[local[i] if i >= 0 else ~local[~i] for i in batch] for batch in plan] for plan in mine]
         shards.append(Shard(Samples.of([samples[i] for i in held]), renamed[:-1], renamed[-1]))
     return shards
 

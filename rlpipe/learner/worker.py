@@ -48,7 +48,11 @@ class LearnerWorker:
             model = model.cuda()
         updates = cfg.steps * cfg.algo.updates_per_step * cfg.algo.epochs
         self.learner = DeepSpeedLearner(
-            model, build_objective(cfg.algo, cfg.rollout.decoder.max_tokens), cfg.learner, cfg.rollout.decoder.temperature, updates
+            model,
+            build_objective(cfg.algo, cfg.rollout.decoder.max_tokens),
+            cfg.learner,
+            cfg.rollout.decoder.temperature,
+            updates,
         )
         return parameters
 

@@ -16,9 +16,7 @@ IMPLEMENTATION = "rlpipe"
 
 
 class AttentionPlan(Protocol):
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """query [N, H, T, D], key and value [N, Hkv, T, D] after rotary embedding → [N, T, H, D]."""
         ...
 
@@ -47,9 +45,7 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, planned_attention)
 
 
-def visible(
-    block: torch.Tensor, copy: torch.Tensor, sequence: torch.Tensor | None = None
-) -> torch.Tensor:
+def visible(block: torch.Tensor, copy: torch.Tensor, sequence: torch.Tensor | None = None) -> torch.Tensor:
     """The one visibility rule of packed rows: bool [N, T, T], True where query i may see key j.
 
     block int[N, T]: block id on the absolute grid · copy int[N, T]: 0 for clean tokens, an id of its own for each noisy
@@ -89,9 +85,7 @@ class SlotCache:
     clean block and the masked block behind it can share a forward (the fused commit) and the clean one never sees the other.
     """
 
-    def __init__(
-        self, *, slots: int, positions: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device
-    ):
+    def __init__(self, *, slots: int, positions: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device):
         shape = (slots, positions, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -140,7 +134,5 @@ class SlotPlan:
 
 def _sdpa(query, key, value, mask, scaling: float) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
-    out = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
-    )
+    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -80,9 +80,7 @@ def load_tokenizer(folder: str | Path):
         raise ModelError(f"{folder}: no tokenizer could be loaded: {error}") from error
 
 
-def save_model(
-    model: DiffusionLM, tokenizer, folder: str | Path, state: dict[str, torch.Tensor] | None = None
-) -> None:
+def save_model(model: DiffusionLM, tokenizer, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write weights, config (with the spec) and tokenizer; `load_model` and plain transformers read it back.
 
     state: parameters by name, for a model whose own are sharded.

@@ -30,9 +30,7 @@ class DiffusionLM(nn.Module):
 
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """input_ids, position_ids int64 [N, T] → last hidden state [N, T, d]."""
-        return self.lm.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, plan=plan
-        ).last_hidden_state
+        return self.lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, plan=plan).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, d] → float32 logits [M, V]; forbidden ids are -inf."""

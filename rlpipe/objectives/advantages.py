@@ -47,7 +47,5 @@ def has_signal(rewards: np.ndarray, low: float = 0.0, high: float = 1.0) -> bool
 def _finite(rewards: np.ndarray) -> np.ndarray:
     rewards = np.asarray(rewards, np.float64)
     if not np.isfinite(rewards).all():
-        raise VerifierFailed(
-            f"rewards {rewards.tolist()} are not all finite; make the verifier return a number or raise"
-        )
+        raise VerifierFailed(f"rewards {rewards.tolist()} are not all finite; make the verifier return a number or raise")
     return rewards

@@ -48,9 +48,7 @@ def clip_is_active(
     return (ratio < 1.0 - clip_low) & (advantage < 0), (ratio > 1.0 + clip_high) & (advantage > 0)
 
 
-def kl_penalty(
-    logp: torch.Tensor, ref_logp: torch.Tensor, kind: str, log_ratio_bound: float = LOG_RATIO_BOUND
-) -> torch.Tensor:
+def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor, kind: str, log_ratio_bound: float = LOG_RATIO_BOUND) -> torch.Tensor:
     """Estimates [T] of KL(policy ‖ reference) from tokens of the policy, with d = logp - ref_logp.
 
     k1: d (unbiased, but its gradient averages to zero where the tokens came from the policy itself) · k2: d²/2 ·

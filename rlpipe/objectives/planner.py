@@ -118,9 +118,7 @@ def plan_replay(trajectory: Trajectory, shrink: int = 1) -> Rows:
     )
 
 
-def random_rows(
-    trajectory: Trajectory, rng: np.random.Generator, draws: int = 1, low: float = 0.1, high: float = 0.9
-) -> Rows:
+def random_rows(trajectory: Trajectory, rng: np.random.Generator, draws: int = 1, low: float = 0.1, high: float = 0.9) -> Rows:
     """`draws` rows, each masking the counted tokens of the final response at random and scoring what it masks.
 
     The noise level is uniform in (low, high): one a row under full attention, one a token for block models, whose

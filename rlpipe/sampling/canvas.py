@@ -22,9 +22,7 @@ class Canvas:
     so far), seed: int64[n] · trace: [n, W] buffers of what happened at commit; step is 1-based, 0 means never.
     """
 
-    def __init__(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[int], decoder: Decoder, spec: DiffusionSpec, device
-    ):
+    def __init__(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], decoder: Decoder, spec: DiffusionSpec, device):
         self.decoder, self.spec = decoder, spec
         lens = np.array([len(p) for p in prompts], np.int64)
         ends = lens + decoder.max_tokens

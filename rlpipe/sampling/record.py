@@ -24,8 +24,7 @@ def record(
     """finished: one dict a request, in request order: ids and trace columns [W], prompt_len, end."""
     settings = decoder.settings()
     return Trajectories.of(
-        _trajectory(slot, uids[i], samples[i], seeds[i], decoder, settings, spec, version)
-        for i, slot in enumerate(finished)
+        _trajectory(slot, uids[i], samples[i], seeds[i], decoder, settings, spec, version) for i, slot in enumerate(finished)
     )
 
 

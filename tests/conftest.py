@@ -1,0 +1,20 @@
+"""One Ray for the whole session; offline, quiet, one thread."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    from rlpipe import cluster
+    from rlpipe.config import ClusterConfig
+
+    cluster.connect(ClusterConfig(address="local"), need_cpus=8, need_gpus=0)
+    yield
+    cluster.disconnect()
