@@ -37,7 +37,6 @@ class DataConfig:
     test: str = ""  # held-out jsonl file
     options: dict[str, Any] = field(default_factory=dict)  # of the task, e.g. {careless: 0.55} for sudoku
     template: str = "{prompt}"  # how a prompt is put to the model; {prompt} is the task's text
-    max_prompt_tokens: int = 0  # longer prompts are dropped and counted; 0: no limit
     test_prompts: int = 256  # held-out prompts made by a procedural task, never used for training
 
 

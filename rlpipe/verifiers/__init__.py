@@ -1,0 +1,1 @@
+"""Verifiers: pure scoring functions, and the pool of processes that runs them. No torch here."""
