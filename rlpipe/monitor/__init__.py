@@ -1,0 +1,1 @@
+"""What a run shows and leaves: console, metrics.jsonl, W&B, samples, report."""

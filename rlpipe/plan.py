@@ -1,0 +1,125 @@
+"""What a run will ask for and do, worked out before anything starts: roles, memory, the arithmetic of one step."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from rlpipe.cluster import Role, ledger
+from rlpipe.config import RunConfig
+from rlpipe.recipe import to_yaml
+
+PROCESS_GB = 0.5  # Python with torch and Ray, before any weights
+VERIFIER_GB = 0.1
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def parameter_count(cfg: RunConfig) -> int | None:
+    """Parameters of the policy: of a tiny model from its dimensions, of a folder from its config.json; None if unknown."""
+    model = cfg.model
+    if model.path.startswith("tiny:"):
+        return _transformer(model.layers, model.width, model.mlp, model.width, model.width, 60, tied=False)
+    path = Path(model.path) / "config.json"
+    if not path.is_file():
+        return None
+    c = json.loads(path.read_text(encoding="utf8"))
+    try:
+        head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        queries = head * c["num_attention_heads"]
+        keys = head * c.get("num_key_value_heads", c["num_attention_heads"])
+        shape = (c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], queries, keys, c["vocab_size"])
+    except KeyError:
+        return None
+    return _transformer(*shape, tied=c.get("tie_word_embeddings", False))
+
+
+def _transformer(layers: int, width: int, mlp: int, queries: int, keys: int, vocabulary: int, tied: bool) -> int:
+    attention = 2 * width * queries + 2 * width * keys
+    return layers * (attention + 3 * width * mlp + 2 * width) + (1 if tied else 2) * vocabulary * width + width
+
+
+def roles(cfg: RunConfig) -> list[Role]:
+    """Workers by role, with an estimate of memory each: weights for a rollout worker; weights, gradients, float32 master and two
+    Adam moments for a learner rank, divided over ranks as the ZeRO stage says. Activations and caches come on top."""
+    count, ranks, stage = parameter_count(cfg), cfg.learner.workers, cfg.learner.zero_stage
+    weight = BYTES[cfg.model.dtype]
+    rollout_gb = learner_gb = 0.0
+    if count is not None:
+        master = 0 if weight == 4 else 4
+        optimizer = (8 + master) / (ranks if stage >= 1 else 1)
+        gradient = weight / (ranks if stage >= 2 else 1)
+        held = weight / (ranks if stage >= 3 else 1)
+        rollout_gb = PROCESS_GB + count * weight / 2**30
+        learner_gb = PROCESS_GB + count * (held + gradient + optimizer) / 2**30
+    return [
+        Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus, rollout_gb),
+        Role("verifier", cfg.verifier.workers, cfg.verifier.cpus, 0.0, VERIFIER_GB),
+        Role("learner", ranks, cfg.learner.cpus, cfg.learner.gpus, learner_gb),
+    ]
+
+
+def step_arithmetic(cfg: RunConfig) -> str:
+    """Prompts × samples → responses → tokens → rows → packed tokens → micro-batches → updates, as upper bounds of one step."""
+    algo, decoder = cfg.algo, cfg.rollout.decoder
+    responses = algo.prompts_per_step * algo.samples_per_prompt
+    tokens = responses * decoder.max_tokens
+    grid = cfg.model.block_size or (0 if cfg.model.path == "tiny:full" else 4)
+    steps = -(-(grid or decoder.max_tokens) // decoder.tokens_per_step)
+    rows = -(-steps // algo.shrink)
+    packed = decoder.max_tokens * (1 + rows) if grid else decoder.max_tokens * rows
+    per_update = responses / algo.updates_per_step
+    micro = max(1, -(-int(per_update * packed) // (cfg.learner.token_budget * cfg.learner.workers)))
+    kind = f"block {grid}" if grid else "whole canvas"
+    return "\n".join(
+        [
+            f"{algo.prompts_per_step} prompts × {algo.samples_per_prompt} samples = {responses} responses",
+            f"  × at most {decoder.max_tokens} tokens = {tokens} tokens, in units of {cfg.rollout.batch_size} responses over "
+            f"{cfg.rollout.workers} rollout workers",
+            f"  {kind}, {decoder.tokens_per_step} token(s) a step, shrink {algo.shrink}: at most {rows} rows a response = {responses * rows} rows",
+            f"  packed: at most {packed} tokens a response besides the prompt = {responses * packed} tokens",
+            f"  {algo.updates_per_step} update(s) × {algo.epochs} epoch(s), {per_update:g} responses each, about {micro} micro-batch(es) of "
+            f"{cfg.learner.token_budget} tokens on each of {cfg.learner.workers} rank(s)",
+        ]
+    )
+
+
+def needs(cfg: RunConfig) -> list[str]:
+    """What is missing here for a real run."""
+    missing = []
+    if not cfg.model.path.startswith("tiny:") and not (Path(cfg.model.path) / "config.json").is_file():
+        missing.append(f"the model: no folder {cfg.model.path} (model.path)")
+    for key, path in (("data.train", cfg.data.train), ("data.test", cfg.data.test)):
+        if path and not Path(path).is_file():
+            missing.append(f"the data: no file {path} ({key})")
+    packages = {"math_verify": cfg.verifier.name == "math", "reasoning_gym": cfg.data.task.startswith("reasoning_gym")}
+    missing += [f"the package {name}" for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
+    gpus = cfg.rollout.workers * cfg.rollout.gpus + cfg.learner.workers * cfg.learner.gpus
+    if gpus:
+        missing.append(f"{gpus:g} GPUs")
+    if cfg.value.enabled:
+        missing.append("a value model, which this version does not have (value.enabled=false trains without)")
+    return missing
+
+
+def local_resources() -> dict[str, float]:
+    """What a local cluster on this machine would offer, in Ray's terms."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": float(memory)}
+
+
+def describe(cfg: RunConfig, resources: dict[str, float] | None) -> str:
+    """The text of `dry_run=true`. resources: of the cluster, None for this machine."""
+    count = parameter_count(cfg)
+    missing = needs(cfg)
+    return "\n\n".join(
+        [
+            to_yaml(cfg).rstrip(),
+            f"model: {f'{count / 1e6:.2f}M parameters' if count else 'size unknown until its config.json is there'}",
+            "placement (memory per role without activations and caches)\n" + ledger(roles(cfg), resources or local_resources()),
+            "one step\n" + step_arithmetic(cfg),
+            "needed and not here:\n" + "\n".join(f"  - {item}" for item in missing) if missing else "everything needed is here",
+        ]
+    )
