@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlpipe.cluster import fetch, wait
+from rlpipe.cluster import fetch, finished, wait
 from rlpipe.errors import RlpipeError, WorkerLost
 
 log = logging.getLogger("rlpipe")
@@ -97,13 +97,11 @@ class ActorPool:
 
     def _ready(self, job: _Job, timeout_s: float) -> list[_Slot]:
         """Slots whose unit is finished or overdue; waits for at least one, with a line every ten seconds."""
-        import ray
-
         busy = {slot.reference: slot for slot in self.slots if slot.unit is not None}
         while True:
             now = time.monotonic()
             soonest = min(slot.deadline for slot in busy.values())
-            done, _ = ray.wait(list(busy), timeout=max(0.0, min(EVERY_S, soonest - now)), fetch_local=False)
+            done = finished(busy, min(EVERY_S, soonest - now))
             if done:
                 return [busy[reference] for reference in done]
             overdue = [slot for slot in busy.values() if time.monotonic() >= slot.deadline]
@@ -112,10 +110,8 @@ class ActorPool:
             log.info("waiting for %s: %d/%d (%.0f s)", job.what, job.finished, len(job.calls), time.monotonic() - job.started)
 
     def _collect(self, slot: _Slot, job: _Job) -> Iterator[tuple[int, Any]]:
-        import ray
-
         unit, label = slot.unit, job.calls[slot.unit].label
-        overdue = time.monotonic() >= slot.deadline and not ray.wait([slot.reference], timeout=0, fetch_local=False)[0]
+        overdue = time.monotonic() >= slot.deadline and not finished([slot.reference], 0.0)
         slot.unit = None
         try:
             if overdue:
@@ -153,14 +149,18 @@ class ActorPool:
             log.warning("%s worker %d is replaced (attempt %d): %s", self.name, slot.index, attempt, error)
             slot.actor = self.make(slot.index)
             try:
-                wait([slot.actor.pid.remote()], what=f"{self.name} worker {slot.index} to start", timeout_s=self.start_timeout_s)
+                wait(
+                    [slot.actor.pid.remote()], what=f"{self.name} worker {slot.index} to start", timeout_s=self.start_timeout_s
+                )
                 if self.prepare is not None:
                     self.prepare(slot.actor)
                 return
             except RlpipeError as failed:
                 error = failed
                 ray.kill(slot.actor)
-        raise WorkerLost(f"{self.name} worker {slot.index} did not come back after {START_ATTEMPTS} attempts: {error}") from error
+        raise WorkerLost(
+            f"{self.name} worker {slot.index} did not come back after {START_ATTEMPTS} attempts: {error}"
+        ) from error
 
     def broadcast(self, method: str, *args: Any, timeout_s: float, what: str) -> list[Any]:
         """The method on every actor, results in order of the actors; dead ones are replaced (and prepared) first."""

@@ -76,11 +76,15 @@ def ledger(roles: Sequence[Role], resources: dict[str, float]) -> str:
     lines = [f"{'role':<12}{'workers':>8}{'CPUs':>10}{'GPUs':>8}{'memory':>12}"]
     for role in roles:
         memory = f"{role.workers * role.memory_gb:.1f} GB" if role.memory_gb else "unknown"
-        lines.append(f"{role.name:<12}{role.workers:>8}{role.workers * role.cpus:>10.2f}{role.workers * role.gpus:>8.2f}{memory:>12}")
+        lines.append(
+            f"{role.name:<12}{role.workers:>8}{role.workers * role.cpus:>10.2f}{role.workers * role.gpus:>8.2f}{memory:>12}"
+        )
     cpus, gpus = (sum(r.workers * getattr(r, k) for r in roles) for k in ("cpus", "gpus"))
     has_memory = f"{resources['memory'] / 2**30:.1f} GB" if "memory" in resources else "unknown"
     lines.append(f"{'need':<12}{'':>8}{cpus:>10.2f}{gpus:>8.2f}")
-    lines.append(f"{'cluster has':<12}{'':>8}{resources.get('CPU', 0.0):>10.2f}{resources.get('GPU', 0.0):>8.2f}{has_memory:>12}")
+    lines.append(
+        f"{'cluster has':<12}{'':>8}{resources.get('CPU', 0.0):>10.2f}{resources.get('GPU', 0.0):>8.2f}{has_memory:>12}"
+    )
     return "\n".join(lines)
 
 
@@ -150,13 +154,24 @@ def wait(references: Sequence[Any], *, what: str, timeout_s: float, every_s: flo
         waited = time.monotonic() - started
         if waited >= timeout_s:
             done = len(references) - len(pending)
-            raise WaitTimeout(f"{what}: {done}/{len(references)} after {timeout_s:.0f} s. Raise the deadline, or see the log for a stall")
+            raise WaitTimeout(
+                f"{what}: {done}/{len(references)} after {timeout_s:.0f} s. Raise the deadline, or see the log for a stall"
+            )
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=min(every_s, timeout_s - waited), fetch_local=False)
         if pending:
             done = len(references) - len(pending)
-            log.info("waiting for %s: %d/%d (%.0f s of %.0f s)", what, done, len(references), time.monotonic() - started, timeout_s)
+            log.info(
+                "waiting for %s: %d/%d (%.0f s of %.0f s)", what, done, len(references), time.monotonic() - started, timeout_s
+            )
             _raise_failed(set(references) - set(pending), what)
     return [fetch(reference, what) for reference in references]
+
+
+def finished(references: Sequence[Any], timeout_s: float) -> list[Any]:
+    """Those of the references that are done, after at most timeout_s and as soon as one is. For loops with deadlines of their own."""
+    import ray
+
+    return ray.wait(list(references), timeout=max(0.0, timeout_s), fetch_local=False)[0]
 
 
 def _raise_failed(done: set, what: str) -> None:

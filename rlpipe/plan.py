@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 
 from rlpipe.cluster import Role, ledger
 from rlpipe.config import RunConfig
+from rlpipe.contradictions import TINY_BLOCK_SIZE, block_size
 from rlpipe.recipe import to_yaml
 
 PROCESS_GB = 0.5  # Python with torch and Ray, before any weights
@@ -17,7 +19,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def parameter_count(cfg: RunConfig) -> int | None:
-    """Parameters of the policy: of a tiny model from its dimensions, of a folder from its config.json; None if unknown."""
+    """Parameters of the policy, from a tiny model's dimensions or a folder's config.json; None if unknown."""
     model = cfg.model
     if model.path.startswith("tiny:"):
         return _transformer(model.layers, model.width, model.mlp, model.width, model.width, 60, tied=False)
@@ -41,8 +43,11 @@ def _transformer(layers: int, width: int, mlp: int, queries: int, keys: int, voc
 
 
 def roles(cfg: RunConfig) -> list[Role]:
-    """Workers by role, with an estimate of memory each: weights for a rollout worker; weights, gradients, float32 master and two
-    Adam moments for a learner rank, divided over ranks as the ZeRO stage says. Activations and caches come on top."""
+    """Workers by role, with an estimate of memory each; activations and caches come on top.
+
+    N parameters of b bytes: a rollout worker holds N·b; a learner rank N·b of weights, N·b of gradients and 8 N of Adam
+    moments (12 N with the float32 master of bfloat16), divided over ranks from ZeRO 3, 2 and 1 on.
+    """
     count, ranks, stage = parameter_count(cfg), cfg.learner.workers, cfg.learner.zero_stage
     weight = BYTES[cfg.model.dtype]
     rollout_gb = learner_gb = 0.0
@@ -61,43 +66,58 @@ def roles(cfg: RunConfig) -> list[Role]:
 
 
 def step_arithmetic(cfg: RunConfig) -> str:
-    """Prompts × samples → responses → tokens → rows → packed tokens → micro-batches → updates, as upper bounds of one step."""
+    """Prompts × samples → responses → tokens → rows → packed tokens → micro-batches → updates; upper bounds.
+
+    A folder that does not say how it attends is counted as a block model of 4.
+    """
     algo, decoder = cfg.algo, cfg.rollout.decoder
     responses = algo.prompts_per_step * algo.samples_per_prompt
     tokens = responses * decoder.max_tokens
-    grid = cfg.model.block_size or (0 if cfg.model.path == "tiny:full" else 4)
-    steps = -(-(grid or decoder.max_tokens) // decoder.tokens_per_step)
-    rows = -(-steps // algo.shrink)
-    packed = decoder.max_tokens * (1 + rows) if grid else decoder.max_tokens * rows
-    per_update = responses / algo.updates_per_step
-    micro = max(1, -(-int(per_update * packed) // (cfg.learner.token_budget * cfg.learner.workers)))
-    kind = f"block {grid}" if grid else "whole canvas"
+    known = block_size(cfg)
+    grid = 4 if known is None else known
+    steps = math.ceil((grid or decoder.max_tokens) / decoder.tokens_per_step)
+    rows = 1 if algo.preset == "random_mask" else math.ceil(steps / algo.shrink)
+    sequence, sequences = (decoder.max_tokens * (1 + rows), 1) if grid else (decoder.max_tokens, rows)
+    packed = sequence * sequences
+    per_update = responses // algo.updates_per_step
+    together = max(1, cfg.learner.token_budget // sequence)
+    micro = math.ceil(per_update * sequences / together / cfg.learner.workers)
+    kind = (f"block {grid}" if grid else "whole canvas") + (" (assumed)" if known is None else "")
     return "\n".join(
         [
             f"{algo.prompts_per_step} prompts × {algo.samples_per_prompt} samples = {responses} responses",
-            f"  × at most {decoder.max_tokens} tokens = {tokens} tokens, in units of {cfg.rollout.batch_size} responses over "
-            f"{cfg.rollout.workers} rollout workers",
-            f"  {kind}, {decoder.tokens_per_step} token(s) a step, shrink {algo.shrink}: at most {rows} rows a response = {responses * rows} rows",
+            f"  × at most {decoder.max_tokens} tokens = {tokens} tokens, in units of {cfg.rollout.batch_size} "
+            f"responses over {cfg.rollout.workers} rollout workers",
+            f"  {kind}, {decoder.tokens_per_step} token(s) a step, shrink {algo.shrink}: at most {rows} row(s) a "
+            f"response = {responses * rows} rows",
             f"  packed: at most {packed} tokens a response besides the prompt = {responses * packed} tokens",
-            f"  {algo.updates_per_step} update(s) × {algo.epochs} epoch(s), {per_update:g} responses each, about {micro} micro-batch(es) of "
-            f"{cfg.learner.token_budget} tokens on each of {cfg.learner.workers} rank(s)",
+            f"  {algo.updates_per_step} update(s) × {algo.epochs} epoch(s), {per_update} responses each, about {micro} "
+            f"micro-batch(es) of {cfg.learner.token_budget} tokens on each of {cfg.learner.workers} rank(s)",
         ]
     )
 
 
 def needs(cfg: RunConfig) -> list[str]:
-    """What is missing here for a real run."""
+    """What is missing on this machine for a real run, a line each."""
     missing = []
-    if not cfg.model.path.startswith("tiny:") and not (Path(cfg.model.path) / "config.json").is_file():
-        missing.append(f"the model: no folder {cfg.model.path} (model.path)")
+    config = Path(cfg.model.path) / "config.json"
+    if cfg.model.path not in TINY_BLOCK_SIZE and not config.is_file():
+        missing.append(f"the model: no {config} (model.path)")
+    elif cfg.model.path not in TINY_BLOCK_SIZE and "diffusion" not in json.loads(config.read_text(encoding="utf8")):
+        missing.append(f"the model: {config} has no 'diffusion' entry that says how it denoises")
     for key, path in (("data.train", cfg.data.train), ("data.test", cfg.data.test)):
         if path and not Path(path).is_file():
             missing.append(f"the data: no file {path} ({key})")
-    packages = {"math_verify": cfg.verifier.name == "math", "reasoning_gym": cfg.data.task.startswith("reasoning_gym")}
+    packages = {
+        "math_verify": cfg.verifier.name == "math",
+        "reasoning_gym": cfg.data.task.startswith("reasoning_gym"),
+        "wandb": cfg.monitor.wandb != "disabled",
+        **dict.fromkeys(("torch", "transformers", "ray", "deepspeed"), True),
+    }
     missing += [f"the package {name}" for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
     gpus = cfg.rollout.workers * cfg.rollout.gpus + cfg.learner.workers * cfg.learner.gpus
-    if gpus:
-        missing.append(f"{gpus:g} GPUs")
+    if gpus > local_resources()["GPU"]:
+        missing.append(f"{gpus:g} GPUs: this machine has {local_resources()['GPU']:g}; on a cluster they may be there")
     if cfg.value.enabled:
         missing.append("a value model, which this version does not have (value.enabled=false trains without)")
     return missing

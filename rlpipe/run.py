@@ -19,6 +19,8 @@ log = logging.getLogger("rlpipe")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe; returns the process's exit code. Every expected failure is one message with its remedy."""
+    # Threads that wait must sleep: with the default, two of them on a machine with one free core spin 20 times longer than they work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     try:
@@ -50,6 +52,7 @@ def run(arguments: list[str]) -> int:
             print(f"warning: {warning}")
         return 0
     source = build_source(cfg.data, cfg.seed)
+    check_model(cfg)
     run_dir, resume_from = run_folder(cfg)
     if resume_from is not None and finished(cfg, resume_from):
         print(f"{run_dir} is finished (step {cfg.steps}); raise steps= to train on, or give resume=never to start anew")
@@ -102,6 +105,14 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         if placement is not None:
             placement.remove()
         cluster.disconnect()
+
+
+def check_model(cfg: RunConfig) -> None:
+    """Refuse a model folder that cannot be used before anything starts; tiny models are made on the spot."""
+    from rlpipe.models.loading import read_spec
+
+    if not cfg.model.path.startswith("tiny:"):
+        read_spec(cfg.model.path)
 
 
 def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:

@@ -44,8 +44,9 @@ class Script:
 ALL, NONE, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 0.0]
 
 
-def collect(rewards, **algo):
+def collect(rewards, failed_share=0.25, **algo):
     cfg = RunConfig()
+    cfg.verifier.max_failed_groups = failed_share
     cfg.algo.prompts_per_step, cfg.algo.samples_per_prompt = 3, 4
     for name, value in algo.items():
         setattr(cfg.algo, name, value)
@@ -87,7 +88,7 @@ def test_nothing_to_learn_says_what_was_seen():
 
 
 def test_a_failed_group_goes_whole_and_too_many_stop_the_run():
-    harvest, script = collect([MIXED, MIXED, None, MIXED])
+    harvest, script = collect([MIXED, MIXED, None, MIXED], failed_share=0.4)
     assert [g.prompt.uid for g in harvest.groups] == ["p/0", "p/1", "p/3"]
     assert harvest.metrics["reward/failed_groups"] == 1 and "it hung" in script.warnings[0]
     assert harvest.metrics["reward/mean"] == pytest.approx(0.25), "a failure is not a reward of 0"

@@ -43,7 +43,13 @@ class ReasoningGym(PromptSource):
 
     def _make(self, kind: str, index: int, entry: dict, demonstration: str | None = None) -> Prompt:
         answer = {"dataset": self.name, "entry": {k: entry[k] for k in ("question", "answer", "metadata")}}
-        return Prompt(uid=f"{self.task}/{kind}/{index}", task=self.task, text=entry["question"], answer=answer, demonstration=demonstration)
+        return Prompt(
+            uid=f"{self.task}/{kind}/{index}",
+            task=self.task,
+            text=entry["question"],
+            answer=answer,
+            demonstration=demonstration,
+        )
 
     def prompt(self, index: int) -> Prompt:
         return self._make("train", index, self._split(self.train, index, False))

@@ -23,6 +23,7 @@ class LearnerGroup:
         self.cfg, self.config = cfg, cfg.learner
         environment = {
             "OMP_NUM_THREADS": str(self.config.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve whatever else runs on the machine, and then themselves
             "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed calls renamed collectives: a line per micro-batch otherwise
         }
         if not self.config.gpus:

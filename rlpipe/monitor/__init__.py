@@ -1,1 +1,1 @@
-"""What a run shows and leaves: console, metrics.jsonl, W&B, samples, report."""
+"""What a run shows and leaves: console, metrics, samples, W&B, summary and report."""

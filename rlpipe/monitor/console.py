@@ -1,87 +1,180 @@
-"""The terminal: a row a step, notes, and progress of long phases. Colour and bars only on a terminal."""
+"""The console: a row a step, a bar or a line for long phases, notes between them.
+
+A terminal gets colours and moving bars (rich); anything else gets plain aligned lines that read well in a file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TextIO
 
-COLUMNS = (  # heading, metric, format
-    ("step", None, "{:>5d}"),
-    ("reward", "reward/mean", "{:>7.3f}"),
-    ("eval", "eval/accuracy", "{:>6.3f}"),
-    ("live", "algo/live_groups", "{:>5.0f}"),
-    ("clip", "algo/clip_fraction", "{:>6.3f}"),
-    ("entropy", "algo/entropy", "{:>8.3f}"),
-    ("grad", "algo/grad_norm", "{:>7.2f}"),
-    ("parity", "parity/max_abs_delta", "{:>8.1e}"),
-    ("tok/s", "perf/rollout_tokens_per_s", "{:>7.0f}"),
-    ("s/step", "perf/step_s", "{:>7.2f}"),
+HEADER_EVERY = 20  # rows
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """title · key of the metric · format of the number · style on a terminal."""
+
+    title: str
+    key: str
+    form: str
+    style: str = ""
+
+    @property
+    def width(self) -> int:
+        return max(7, len(self.title))
+
+    def text(self, value: float | None) -> str:
+        """The value, right-aligned; blank if missing."""
+        if value is None:
+            return " " * self.width
+        return (format(value, self.form) if math.isfinite(value) else str(float(value))).rjust(self.width)
+
+
+COLUMNS = (
+    Column("reward", "reward/mean", ".3f", "bold"),
+    Column("solved", "eval/accuracy", ".3f", "bold green"),
+    Column("live", "algo/live_groups", ".0f"),
+    Column("clip", "algo/clip_fraction", ".4f"),
+    Column("entropy", "algo/entropy", ".3f"),
+    Column("grad", "algo/grad_norm", ".3g"),
+    Column("parity", "parity/max_abs_delta", ".1e"),
+    Column("tok/s", "perf/rollout_tokens_per_s", ".0f"),
+    Column("s/step", "perf/step_s", ".2f"),
 )
-HEADER_EVERY = 20
-PROGRESS_S = 10.0
 
 
-class Console:
-    def __init__(self, stream: TextIO | None = None):
-        self.stream = stream or sys.stdout
-        self.terminal = self.stream.isatty()
-        self.rows = 0
-
-    def line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
-
-    def row(self, step: int, metrics: dict[str, float]) -> None:
-        """One step; the heading comes back every 20 rows."""
-        if self.rows % HEADER_EVERY == 0:
-            heading = " ".join(f"{name:>{_width(form)}}" for name, _, form in COLUMNS)
-            self.line(f"\x1b[1m{heading}\x1b[0m" if self.terminal else heading)
-        self.rows += 1
-        values = [step if key is None else metrics.get(key) for _, key, _ in COLUMNS]
-        cells = [
-            " " * _width(form) if value is None else form.format(value)
-            for value, (_, _, form) in zip(values, COLUMNS, strict=True)
-        ]
-        self.line(" ".join(cells))
+def header() -> str:
+    return " ".join(["  step", *(column.title.rjust(column.width) for column in COLUMNS)])
 
 
-def _width(form: str) -> int:
-    return int(form.split(">")[1].split(".")[0].rstrip("df}"))
+def row(step: int, metrics: Mapping[str, float]) -> str:
+    """One aligned line; missing metrics are blank."""
+    return " ".join([f"{step:6d}", *(column.text(metrics.get(column.key)) for column in COLUMNS)]).rstrip()
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: model output may carry terminal escapes. Line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class Phase:
-    """Progress of a long phase: a bar on a terminal, else a line at most every ten seconds."""
+    """Progress inside one `Console.phase`: call `advance` as work is done."""
 
-    def __init__(self, console: Console, name: str, total: int | None):
-        self.console, self.name, self.total = console, name, total
-        self.done, self.started = 0, time.monotonic()
-        self.shown = self.started
-        self.bar: Any = None
+    def __init__(self, name: str, total: int | None, shown: Callable[[Phase], None]):
+        self.name, self.total, self.done = name, total or None, 0
+        self._started, self._shown = time.monotonic(), shown
 
-    def __enter__(self) -> Phase:
-        if self.console.terminal and self.total:
+    def advance(self, n: int = 1) -> None:
+        self.done += n
+        self._shown(self)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def count(self) -> str:
+        return f"{self.done}/{self.total}" if self.total else str(self.done)
+
+    def line(self) -> str:
+        return f"{self.name}: {self.count} ({self.seconds:.0f} s)"
+
+
+class Console:
+    """stream: None for standard output · progress_s: seconds between two lines of a phase, if not a terminal."""
+
+    def __init__(self, stream: TextIO | None = None, progress_s: float = 10.0):
+        self.stream = sys.stdout if stream is None else stream
+        self.progress_s, self._rows = progress_s, 0
+        self._rich: Any = None
+        self._bars: Any = None
+        self._open_bars = 0
+        if self.stream.isatty():
             from rich.console import Console as RichConsole
-            from rich.progress import Progress
 
-            self.bar = Progress(console=RichConsole(file=self.console.stream), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task(self.name, total=self.total)
-        return self
+            self._rich = RichConsole(file=self.stream, highlight=False, markup=False, emoji=False)
 
-    def advance(self, count: int = 1) -> None:
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
-        elif time.monotonic() - self.shown >= PROGRESS_S:
-            self.shown = time.monotonic()
-            self.console.line(self._text())
+    @property
+    def is_terminal(self) -> bool:
+        return self._rich is not None
 
-    def _text(self) -> str:
-        of = f"/{self.total}" if self.total else ""
-        return f"{self.name}: {self.done}{of} ({time.monotonic() - self.started:.0f} s)"
+    def line(self, text: str, style: str = "") -> None:
+        """One line (or several); control characters are shown, not obeyed."""
+        text = printable(text)
+        encoding = getattr(self.stream, "encoding", None) or "utf8"
+        text = text.encode(encoding, errors="replace").decode(encoding)
+        if self._rich is not None:
+            self._rich.print(text, style=style or None, soft_wrap=True)
+            return
+        self.stream.write(text + "\n")
+        self.stream.flush()
 
-    def __exit__(self, *failure: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-        if self.done:
-            self.console.line(self._text())
+    def row(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The step's row, under a header that returns every HEADER_EVERY rows."""
+        if self._rows % HEADER_EVERY == 0:
+            self.line(header(), "bold underline")
+        self._rows += 1
+        if self._rich is None:
+            self.line(row(step, metrics))
+            return
+        from rich.text import Text
+
+        styled = Text().append(f"{step:6d}", style="cyan")
+        for column in COLUMNS:
+            value = metrics.get(column.key)
+            broken = value is not None and not math.isfinite(value)
+            styled.append(" ").append(column.text(value), style="bold red" if broken else column.style or None)
+        self._rich.print(styled, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None, closing: Callable[[str], None]) -> Iterator[Phase]:
+        """Show progress of the block; its last line goes to `closing`, also when the block fails."""
+        with self._bar(name, total) if self.is_terminal else self._lines() as shown:
+            phase = Phase(printable(name), total, shown)
+            if not self.is_terminal:
+                self.line(phase.line() if phase.total else f"{name} …")
+            try:
+                yield phase
+            except BaseException:
+                closing(f"{name}: stopped at {phase.count} ({phase.seconds:.0f} s)")
+                raise
+        closing(phase.line() if phase.done else f"{name}: done ({phase.seconds:.0f} s)")
+
+    @contextlib.contextmanager
+    def _lines(self) -> Iterator[Callable[[Phase], None]]:
+        last = time.monotonic()
+
+        def shown(phase: Phase) -> None:
+            nonlocal last
+            if time.monotonic() - last >= self.progress_s and phase.done != phase.total:
+                last = time.monotonic()
+                self.line(phase.line())
+
+        yield shown
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, total: int | None) -> Iterator[Callable[[Phase], None]]:
+        """A bar that is wiped when its phase ends; phases inside one another share one display."""
+        if self._bars is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            text = TextColumn("{task.description}", markup=False)
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Progress(*columns, console=self._rich, transient=True)
+        if self._open_bars == 0:
+            self._bars.start()
+        self._open_bars += 1
+        task = self._bars.add_task(printable(name), total=total or None)
+        try:
+            yield lambda phase: self._bars.update(task, completed=phase.done)
+        finally:
+            self._bars.remove_task(task)
+            self._open_bars -= 1
+            if self._open_bars == 0:
+                self._bars.stop()

@@ -1,73 +1,66 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Writing into a run folder: what replaces a file does so in one step, and what cannot be written says why."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlpipe.errors import CheckpointError
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file by way of a temporary one beside it. Raises CheckpointError if the disk refuses."""
-    partial = path.with_name(f".{path.name}.tmp")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError (full disk, no permission) into a CheckpointError that names `path` and the remedy."""
     try:
-        with partial.open("w", encoding="utf8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        yield
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written: {error}. Free some space; checkpoints are untouched") from error
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space there, or choose another "
+            "output_dir=, then run the same command with resume=auto"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically: readers see the old text or the new, also after a crash. Raises CheckpointError."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            with partial.open("w", encoding="utf8", errors="backslashreplace", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` atomically by `value` as strict JSON (see `jsonable`). Raises CheckpointError."""
+    write_text(path, json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line and make sure it is on disk. Raises CheckpointError if the disk refuses."""
-    try:
-        with path.open("a", encoding="utf8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}. Free some space and resume with resume=auto") from error
+    """Add one line and wait until it is on the disk. Raises CheckpointError."""
+    with writing(path), path.open("ab") as file:
+        file.write(line.encode("utf8", errors="backslashreplace") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of a JSONL file whose `step` is later, and a last line that was cut off by a kill."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line)
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
-
-
-def jsonable(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN or infinity: they become null."""
-    return {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
-
-
-def point_latest(run_dir: Path) -> None:
-    """Make `latest`, beside the run's folder, point at it; a text file where links are not possible."""
-    link = run_dir.parent / "latest"
-    partial = run_dir.parent / f".latest.{os.getpid()}"
-    partial.unlink(missing_ok=True)
-    try:
-        partial.symlink_to(run_dir.name, target_is_directory=True)
-        partial.replace(link)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        write_atomic(run_dir.parent / "latest.txt", run_dir.name)
-
-
-def record_of(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def jsonable(value: Any) -> Any:
+    """`value` with numpy scalars and arrays as plain numbers and lists, and non-finite floats (not JSON) as None."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy; known by its method, so that numpy need not be imported
+        return jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,136 +1,242 @@
-"""report.html: one page without outside resources: before and after, curves, samples with their denoising order, configuration."""
+"""report.html: one self-contained page about a run, made from what lies in its folder.
+
+`python -m rlpipe.monitor.report RUN_DIR` writes it again at any time, also while the run goes on. Whatever a model or a
+recipe put in is data to this page: text nodes and escaped attributes only, and a policy that forbids loading anything.
+"""
 
 from __future__ import annotations
 
-import html
+import dataclasses
 import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from rlpipe.monitor.files import write_atomic
+from rlpipe.errors import CheckpointError, RlpipeError
+from rlpipe.monitor.curves import Series, chart, number
+from rlpipe.monitor.files import jsonable, write_text
+from rlpipe.monitor.metrics import read_metrics
+from rlpipe.monitor.page import SCRIPT, STYLE
+from rlpipe.monitor.samples import SampleStore
 
-CHARTS = (  # title, metrics drawn together
-    ("Held-out accuracy", ("eval/accuracy", "eval/other")),
-    ("Reward", ("reward/mean",)),
-    ("Live groups", ("algo/live_groups",)),
-    ("Entropy (nats a token)", ("algo/entropy",)),
-    ("Clipped share", ("algo/clip_fraction",)),
-    ("Gradient norm", ("algo/grad_norm",)),
-    ("Parity: largest gap (nats)", ("parity/max_abs_delta",)),
-    ("Response length (tokens)", ("rollout/response_len",)),
-    ("Rollout tokens/s", ("perf/rollout_tokens_per_s",)),
-    ("Seconds a step", ("perf/step_s", "perf/rollout_s", "perf/update_s")),
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+SHOWN_STEPS = 6  # training steps whose samples are shown
+SHOWN_TOKENS = 200_000  # of all samples together: about 4 MB of page
+
+
+def _decoders(suffix: str) -> dict[str, str]:
+    """One line for each of the decoders of an evaluation: the one of the rollout, and another."""
+    return {"rollout": f"eval/accuracy{suffix}", "other": f"eval/other{suffix}"}
+
+
+CHARTS = (  # title, {name of the line: key}, logarithmic
+    ("Held-out accuracy", _decoders(""), False),
+    ("Mean reward", {"reward": "reward/mean"}, False),
+    ("Parity: largest |Δ log p|", {"delta": "parity/max_abs_delta"}, True),
+    ("Entropy", {"entropy": "algo/entropy"}, False),
+    ("Ratios clipped", {"share": "algo/clip_fraction"}, False),
+    ("Gradient norm", {"norm": "algo/grad_norm"}, False),
+    ("Groups with a signal", {"groups": "algo/live_groups"}, False),
+    ("Response tokens per second", {"tokens/s": "perf/rollout_tokens_per_s"}, False),
+    ("Seconds per step", {"whole": "perf/step_s", "rollout": "perf/rollout_s", "update": "perf/update_s"}, False),
+    ("Tokens per denoising step", _decoders("_tokens_per_step"), False),
+    ("Response length", _decoders("_response_len"), False),
+    ("Ended by EOS", _decoders("_eos_share"), False),
 )
-COLOURS = ("var(--a)", "var(--b)", "var(--c)")
-WIDTH, HEIGHT, PAD = 340, 150, 34
-SHOWN_SAMPLES = 24
 
-STYLE = """
-:root{--bg:#fbfaf7;--fg:#1d1f24;--soft:#6b7078;--line:#dedbd2;--card:#fff;--a:#2f6f5e;--b:#b4552d;--c:#5a5fa8}
-@media(prefers-color-scheme:dark){:root{--bg:#15171b;--fg:#e7e5df;--soft:#9a9ea6;--line:#31353c;--card:#1c1f24;--a:#6fbfa8;--b:#e0946c;--c:#9ba0ea}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:32px 20px}h1{font-size:26px;margin:0}h2{font-size:17px;margin:36px 0 12px}
-.soft{color:var(--soft)}.head{font-size:40px;font-weight:600;letter-spacing:-.02em;margin:18px 0 4px}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:14px}
-.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow:hidden}
-.card h3{font-size:13px;font-weight:600;margin:0 0 6px}svg{width:100%;height:auto;display:block}
-svg text{font:10px system-ui;fill:var(--soft)}.legend span{font-size:11px;margin-right:10px}
-pre,.tokens{font:13px/1.7 ui-monospace,monospace;white-space:pre-wrap;word-break:break-word;margin:6px 0}
-.tokens b{font-weight:400;border-radius:3px;padding:1px 1px}.tokens b.hidden{color:transparent!important;background:var(--line)!important}
-input[type=range]{width:100%}table{border-collapse:collapse;font-size:13px}td{padding:2px 14px 2px 0;border-bottom:1px solid var(--line)}
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from config.yaml, metrics.jsonl, trajectories/ and, if it is there, summary.json.
+
+    Returns its path. Raises CheckpointError if one of them is damaged or the page cannot be written.
+    """
+    config = _read(run_dir / "config.yaml", _yaml)
+    summary = _read(run_dir / "summary.json", json.loads) if (run_dir / "summary.json").exists() else {"status": "running"}
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    samples = chosen_samples(SampleStore(run_dir / "trajectories"))
+    path = run_dir / "report.html"
+    write_text(path, render(config, metrics, summary, samples))
+    return path
+
+
+def render(
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page. config: nested · metrics: lines of metrics.jsonl · samples: [{"step", "rows": [SampleRow as dict]}]."""
+    name = escape(str(config.get("name") or "run"))
+    status = escape(str(summary.get("status", "running")))
+    limit = config.get("parity", {}).get("max_abs_delta") if isinstance(config.get("parity"), Mapping) else None
+    empty = '<p class="lead">No step was logged.</p>'
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{name}: {status}</title><style>{STYLE}</style></head><body><main>
+<h1>{name}<span class="status {"finished" if status == "finished" else ""}">{status}</span></h1>
+<p class="lead">{escape(str(config.get("description") or ""))}</p>
+<dl class="tiles">{"".join(_tiles(summary, metrics))}</dl>
+<h2>Curves</h2><div class="curves">{_charts(metrics, limit) or empty}</div>
+{_replay(samples)}
+<h2>Details</h2>
+{_details("Every metric", _metric_table(metrics))}
+{_details("Configuration", _pairs(flatten(config)))}
+{_details("Summary, versions, machine", _pairs(flatten(summary)))}
+</main>{_data(samples)}<script>{SCRIPT}</script></body></html>
 """
 
-SCRIPT = """
-for(const s of document.querySelectorAll('.sample')){
-  const r=s.querySelector('input'),o=s.querySelector('output');if(!r)continue;
-  const show=()=>{const n=+r.value;o.textContent='step '+n+' of '+r.max;
-    for(const b of s.querySelectorAll('b'))b.classList.toggle('hidden',!+b.dataset.s||+b.dataset.s>n)};
-  r.addEventListener('input',show);show()}
-"""
+
+def chosen_samples(store: SampleStore) -> list[dict[str, Any]]:
+    """Samples of SHOWN_STEPS training steps, evenly spread, first and last included, within SHOWN_TOKENS tokens."""
+    steps = store.steps()
+    if len(steps) > SHOWN_STEPS:
+        steps = [steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]
+    budget, shown = SHOWN_TOKENS // max(1, len(steps)), []
+    for step in steps:
+        rows, left = [], budget
+        for row in store.read(step):
+            left -= len(row.token_texts)
+            if rows and left < 0:
+                break
+            rows.append(dataclasses.asdict(row))
+        shown.append({"step": step, "rows": rows})
+    return [entry for entry in shown if entry["rows"]]
 
 
-def write_report(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Write run_dir/report.html from what the run left. All text of models and tasks is escaped: it may be hostile."""
-    lines = _read_metrics(run_dir / "metrics.jsonl")
-    charts = "".join(_chart(title, keys, lines) for title, keys in CHARTS)
-    samples = "".join(_sample(step, row) for step, row in _last_samples(run_dir))
-    config = html.escape((run_dir / "config.yaml").read_text(encoding="utf8"))
-    start, final = (summary.get(key) for key in ("eval_start", "eval_final"))
-    head = f"{start:.3f} → {final:.3f}" if start is not None and final is not None else "not finished"
-    facts = "".join(f"<tr><td class=soft>{html.escape(k)}</td><td>{html.escape(_brief(v))}</td></tr>" for k, v in summary.items())
-    name = html.escape(f"{summary.get('recipe') or run_dir.parent.name} / {run_dir.name}")
-    write_atomic(
-        run_dir / "report.html",
-        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{name}</title>'
-        f"<style>{STYLE}</style><main><h1>{name}</h1><div class=head>{head}</div>"
-        f"<div class=soft>held-out accuracy, before and after {summary.get('steps', 0)} steps</div>"
-        f"<h2>Curves</h2><div class=grid>{charts}</div>"
-        f"<h2>Samples</h2><p class=soft>Drag a slider to replay the denoising; colour runs from the first to the last step.</p>"
-        f"<div class=grid>{samples or '<p class=soft>none kept</p>'}</div>"
-        f"<h2>Summary</h2><table>{facts}</table><h2>Configuration</h2><pre>{config}</pre></main><script>{SCRIPT}</script></html>",
-    )
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys; empty ones stay."""
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from flatten(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
 
 
-def _brief(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+def _charts(metrics: Sequence[Mapping[str, Any]], limit: float | None) -> str:
+    """The known charts, then each further eval/ key in one of its own."""
+    figures = []
+    for title, lines, log in CHARTS:
+        series = [Series(name, _points(metrics, key)) for name, key in lines.items() if any(key in m for m in metrics)]
+        figures.append(chart(title, series, log=log, limit=limit if lines.get("delta") else None))
+    known = {key for _, lines, _ in CHARTS for key in lines.values()}
+    rest = sorted({key for line in metrics for key in line if key.startswith("eval/")} - known)
+    figures += [chart(key, [Series(key, _points(metrics, key))]) for key in rest]
+    return "".join(figures)
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float | None]]:
+    return [(line["step"], line[key]) for line in metrics if key in line]
 
 
-def _chart(title: str, keys: tuple[str, ...], lines: list[dict[str, Any]]) -> str:
-    series = [(key, [(line["step"], line[key]) for line in lines if line.get(key) is not None]) for key in keys]
-    series = [(key, points) for key, points in series if points]
-    if not series:
+def _tiles(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The headline: before, after, and what it took. A run without a summary is told from its metrics."""
+
+    def ends(key: str) -> tuple[float | None, float | None]:
+        values = [value for _, value in _points(metrics, key) if value is not None]
+        return (values[0], values[-1]) if values else (None, None)
+
+    solved = (summary.get("eval_start"), summary.get("eval_final"))
+    for label, (before, after) in (
+        ("Held-out accuracy", solved if None not in solved else ends("eval/accuracy")),
+        ("Mean reward", ends("reward/mean")),
+    ):
+        if before is not None:
+            yield _tile(label, f"{before:.3f} → {after:.3f}", f"{after - before:+.3f}")
+    step = summary.get("steps", metrics[-1]["step"] if metrics else 0)
+    seconds = summary.get("seconds")
+    yield _tile("Steps", str(step), f"{seconds:.0f} s of training" if seconds else "")
+    if summary.get("tokens_per_s"):
+        yield _tile("Response tokens per second", f"{summary['tokens_per_s']:.0f}", "over the whole step")
+    deltas = [value for _, value in _points(metrics, "parity/max_abs_delta") if value is not None]
+    if deltas:
+        yield _tile("Parity, worst step", number(max(deltas)), "largest |Δ log p|, rollout to learner")
+    if summary.get("warnings"):
+        yield _tile("Warnings", str(summary["warnings"]), "see log.txt")
+
+
+def _tile(label: str, value: str, note: str) -> str:
+    return f'<div class="tile"><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>'
+
+
+def _replay(samples: Sequence[Mapping[str, Any]]) -> str:
+    if not samples:
         return ""
-    xs = [x for _, points in series for x, _ in points]
-    ys = [y for _, points in series for _, y in points]
-    low, high = min([0.0, *ys]), max(ys)
-    span_x, span_y = max(xs) - min(xs) or 1, (high - low) or 1.0
-
-    def place(x: float, y: float) -> str:
-        return f"{PAD + (x - min(xs)) / span_x * (WIDTH - PAD - 8):.1f},{HEIGHT - 18 - (y - low) / span_y * (HEIGHT - 30):.1f}"
-
-    drawn, legend = "", ""
-    for colour, (key, points) in zip(COLOURS, series, strict=False):
-        path = " ".join(place(x, y) for x, y in points)
-        drawn += f'<polyline fill=none stroke="{colour}" stroke-width=1.8 points="{path}"/>'
-        legend += f'<span style="color:{colour}">{html.escape(key)} {points[-1][1]:.3g}</span>'
-    axis = f'<line x1={PAD} y1={HEIGHT - 18} x2={WIDTH - 8} y2={HEIGHT - 18} stroke="var(--line)"/>'
-    labels = (
-        f'<text x={PAD - 4} y=16 text-anchor=end>{high:.3g}</text><text x={PAD - 4} y={HEIGHT - 16} text-anchor=end>{low:.3g}</text>'
-        f"<text x={PAD} y={HEIGHT - 4}>{min(xs)}</text><text x={WIDTH - 8} y={HEIGHT - 4} text-anchor=end>{max(xs)}</text>"
-    )
-    return (
-        f"<div class=card><h3>{html.escape(title)}</h3><svg viewBox='0 0 {WIDTH} {HEIGHT}'>{axis}{drawn}{labels}</svg>"
-        f"<div class=legend>{legend}</div></div>"
-    )
+    return """<h2>Denoising, replayed</h2><section class="replay">
+<div class="bar"><select class="step" aria-label="training step"></select>
+<select class="row" aria-label="sample"></select></div>
+<p class="facts"></p>
+<p class="label">Prompt</p><pre class="prompt"></pre>
+<p class="label">Response, coloured by the denoising step of each token: early<span class="ramp"></span>late. A dot is
+still masked, a frame was committed just now, faint tokens come after the end and do not count.</p>
+<pre class="canvas"></pre>
+<div class="bar"><button class="play" type="button">Play</button>
+<input class="slider" type="range" min="0" max="1" value="1" aria-label="denoising step">
+<span class="clock"></span></div>
+<noscript><p class="facts">The replay needs scripts; the samples themselves are in trajectories/.</p></noscript>
+</section>"""
 
 
-def _last_samples(run_dir: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The newest samples first."""
-    found: list[tuple[int, dict[str, Any]]] = []
-    for path in sorted((run_dir / "trajectories").glob("step_*.json"), reverse=True):
-        rows = json.loads(path.read_text(encoding="utf8"))
-        found += [(int(path.stem.split("_")[1]), row) for row in rows]
-        if len(found) >= SHOWN_SAMPLES:
-            break
-    return found[:SHOWN_SAMPLES]
+def _data(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The samples as JSON that cannot end its own element: every < > & is written as an escape."""
+    text = json.dumps(jsonable(list(samples)), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json" id="samples">{text}</script>'
 
 
-def _sample(step: int, row: dict[str, Any]) -> str:
-    steps = row["step_map"] or []
-    last = max(steps, default=0)
-    tokens = []
-    for text, when in zip(row["token_texts"], steps or [1] * len(row["token_texts"]), strict=True):
-        hue = 165 - 140 * (when - 1) / max(1, last - 1) if when else 0
-        tokens.append(f'<b data-s={int(when)} style="background:hsl({hue:.0f} 60% 60% / .3)">{html.escape(text)}</b>')
-    slider = f"<input type=range min=0 max={last} value={last}><output class=soft></output>" if steps else ""
-    return (
-        f"<div class='card sample'><h3>step {step} · reward {row['reward']:.3g} · advantage {row['advantage']:.2f} "
-        f"<span class=soft>{html.escape(row['uid'])}</span></h3><pre class=soft>{html.escape(row['prompt'])}</pre>"
-        f"<div class=tokens>{''.join(tokens)}</div>{slider}</div>"
-    )
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _pairs(pairs: Iterator[tuple[str, Any]]) -> str:
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in pairs)
+    return f"<table>{rows}</table>"
+
+
+def _metric_table(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """First, last, least and greatest value of every key."""
+    rows = []
+    for key in sorted({key for line in metrics for key in line} - {"step"}):
+        values = [value for _, value in _points(metrics, key) if value is not None]
+        cells = (values[0], values[-1], min(values), max(values)) if values else (None,) * 4
+        rows.append(f"<tr><td>{escape(key)}</td>" + "".join(f'<td class="n">{number(v)}</td>' for v in cells) + "</tr>")
+    heads = "".join(f'<th class="n">{head}</th>' for head in ("first", "last", "least", "greatest"))
+    return f"<table><tr><th>metric</th>{heads}</tr>{''.join(rows)}</table>"
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    try:
+        value = parse(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Give the folder of a run that has started") from error
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{path} holds no settings, but {type(value).__name__}; give the folder of a run")
+    return value
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m rlpipe.monitor.report RUN_DIR", file=sys.stderr)
+        return 2
+    try:
+        print(write_report(Path(arguments[0])))
+    except RlpipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

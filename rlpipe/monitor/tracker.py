@@ -1,70 +1,167 @@
-"""Weights & Biases: the same numbers, a table of samples, the configuration. Never the reason for a run to die."""
+"""Weights & Biases: the same numbers as metrics.jsonl, or nothing. It never ends a run.
+
+W&B is imported here only, and only if it is switched on.
+"""
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import dataclasses
+import json
 import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("rlpipe")
+from rlpipe.config import RunConfig
+from rlpipe.monitor.files import jsonable
+from rlpipe.monitor.metrics import SECTIONS
+from rlpipe.monitor.samples import SampleRow
+
+START_TIMEOUT_S, FINISH_TIMEOUT_S = 60.0, 60.0
+TABLE_ROWS = 64
+TABLE_COLUMNS = ("step", "uid", "prompt", "response", "reward", "advantage", "tokens", "steps", "parts")
 
 
 class Tracker:
-    """mode: auto (online with a login, else offline), online, offline, disabled (then wandb is not even imported).
+    """One W&B run, continued under `wandb_id` if that is given.
 
-    run_id continues a run; without one a new run is made. `id` is what a checkpoint must remember.
+    cfg.monitor.wandb: online | offline | disabled | auto (WANDB_MODE if set, else online with a login, else offline; if
+    online fails, offline). Data lies in run_dir, unless WANDB_DIR says otherwise. Waits are told to
+    `note`; any failure of W&B is told to `warn` and ends the tracking, not the run: `id` stays what it was, so a later resume continues the same W&B run.
     """
 
-    def __init__(self, run_dir: Path, mode: str, *, project: str, name: str, config: dict[str, Any], run_id: str | None):
-        self.run: Any = None
-        self.id = run_id
-        if mode == "disabled":
-            return
-        for variable, folder in (("WANDB_DIR", "."), ("WANDB_DATA_DIR", "wandb/data"), ("WANDB_CACHE_DIR", "wandb/cache")):
-            os.environ.setdefault(variable, str((run_dir / folder).resolve()))
-        os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            import wandb
-
-            if mode == "auto":
-                mode = "online" if wandb.api.api_key else "offline"
-            mode = "offline" if os.environ.get("WANDB_MODE") == "offline" else mode
-            self.run = wandb.init(
-                dir=run_dir,
-                mode=mode,
-                project=project,
-                name=name,
-                config=config,
-                id=run_id or wandb.util.generate_id(),
-                resume="allow",
-                settings=wandb.Settings(console="off", init_timeout=60),
-            )
-            self.run.define_metric("*", step_metric="step")
-            self.id, self.mode = self.run.id, mode
-        except Exception as error:  # a tracker that cannot start must not cost a night's run; everything is in metrics.jsonl too
-            log.warning("W&B could not start (%s: %s); going on without it", type(error).__name__, error)
-            self.run = None
+    def __init__(
+        self,
+        cfg: RunConfig,
+        run_dir: Path,
+        *,
+        wandb_id: str | None,
+        rows: Sequence[tuple[int, SampleRow]] = (),
+        note: Callable[[str], None],
+        warn: Callable[[str], None],
+    ):
+        self.id, self.where = wandb_id, ""
+        self._note, self._warn = note, warn
+        self._run: Any = None
+        self._wandb: Any = None
+        self._rows: deque[tuple[int, SampleRow]] = deque(rows, maxlen=TABLE_ROWS)
+        self._variables: list[str] = []
+        if cfg.monitor.wandb != "disabled":
+            self._start(cfg, run_dir)
 
     @property
-    def where(self) -> str:
-        if self.run is None:
-            return "off"
-        return self.run.url if self.mode == "online" else f"offline, {Path(self.run.dir).parent} (wandb sync uploads it)"
+    def active(self) -> bool:
+        return self._run is not None
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self.run is not None:
-            self.run.log({"step": step, **metrics})
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Non-finite numbers are passed on: W&B shows them as such."""
+        if self._run is not None:
+            with self._surviving("logging"):
+                self._run.log({"step": step} | {key: float(value) for key, value in metrics.items()})
 
-    def table(self, step: int, columns: list[str], rows: list[list[Any]]) -> None:
-        """The latest samples; built anew each time, because tables cannot be appended to."""
-        if self.run is not None:
+    def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """The newest TABLE_ROWS responses as a fresh table, since a logged one cannot grow."""
+        self._rows.extend((step, row) for row in rows)
+        if self._run is not None:
+            with self._surviving("logging samples"):
+                data = [self._cells(at, row) for at, row in self._rows]
+                self._run.log({"step": step, "samples": self._wandb.Table(columns=list(TABLE_COLUMNS), data=data)})
+
+    def finish(self, summary: Mapping[str, Any], *, succeeded: bool) -> None:
+        """Upload what is left, for at most FINISH_TIMEOUT_S; what is not uploaded by then stays on the disk."""
+        if self._run is not None:
+            if not self._run.settings._offline:
+                self._note(f"waiting for W&B to take the last data, at most {FINISH_TIMEOUT_S:.0f} s")
+            with self._surviving("finishing"):
+                self._run.summary.update(jsonable(dict(summary)))
+                self._run.finish(exit_code=0 if succeeded else 1)
+            self._run = None
+        for variable in self._variables:
+            os.environ.pop(variable, None)
+        self._variables = []
+
+    def _start(self, cfg: RunConfig, run_dir: Path) -> None:
+        with self._surviving("starting"):
             import wandb
 
-            self.run.log({"step": step, "samples": wandb.Table(columns=columns, data=rows)})
+            self._wandb = wandb
+            self._place_files(run_dir)
+            wandb.setup(settings=wandb.Settings(silent=True, console="off"))
+            modes = self._modes(cfg.monitor.wandb)
+            if modes == ["disabled"]:
+                return
+            for mode in modes:
+                try:
+                    self._run = self._init(mode, cfg, run_dir)
+                    break
+                except Exception as error:  # the last mode's failure is for `_surviving`
+                    if mode == modes[-1]:
+                        raise
+                    self._warn(f"W&B cannot be reached ({error}); recording offline instead")
+            self._describe()
 
-    def finish(self, summary: dict[str, Any], failed: bool) -> None:
-        if self.run is not None:
-            self.run.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float, str))})
-            self.run.finish(exit_code=1 if failed else 0)
-            self.run = None
+    def _init(self, mode: str, cfg: RunConfig, run_dir: Path) -> Any:
+        wandb = self._wandb
+        if mode == "online":
+            self._note(f"opening the W&B run, at most {START_TIMEOUT_S:.0f} s")
+        return wandb.init(
+            project=cfg.monitor.project,
+            name=f"{cfg.name}/{run_dir.name}",
+            group=cfg.name,
+            dir=os.environ.get("WANDB_DIR") or str(run_dir),
+            id=self.id,
+            resume="allow",
+            mode=mode,
+            config=dataclasses.asdict(cfg),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",  # W&B would wrap standard output, and the console draws on it
+                reinit="create_new",  # never another run of this process
+                init_timeout=START_TIMEOUT_S,
+                # with a limit, `finish` may return before the last block is on the disk, so it is for uploads only
+                finish_timeout=FINISH_TIMEOUT_S if mode == "online" else 0.0,
+            ),
+        )
+
+    def _describe(self) -> None:
+        """The x-axis of every section, and where to look."""
+        self._run.define_metric("step", hidden=True)
+        for section in (*(f"{name}/*" for name in SECTIONS), "samples"):
+            self._run.define_metric(section, step_metric="step")
+        self.id = self._run.id
+        folder = Path(self._run.dir).parent
+        self.where = f"wandb sync {folder}" if self._run.settings._offline else self._run.url
+
+    def _modes(self, wanted: str) -> list[str]:
+        """Modes to try, in order."""
+        if wanted != "auto":
+            return [wanted]
+        if os.environ.get("WANDB_MODE"):
+            return [os.environ["WANDB_MODE"]]
+        # verify=False: a key that does not work, or no network, shows when the run is opened
+        return ["online", "offline"] if self._wandb.login(prompt=False, verify=False) else ["offline"]
+
+    def _place_files(self, run_dir: Path) -> None:
+        """Staging and cache in the run folder, not in the home folder, which may be read-only; undone by `finish`."""
+        for variable, folder in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
+            if variable not in os.environ:
+                os.environ[variable] = str((run_dir / "wandb" / folder).resolve())
+                self._variables.append(variable)
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a foreign service raises costs its curves, not the run; it is said, once
+            self._run = None
+            self._warn(
+                f"W&B failed while {what}: {type(error).__name__}: {error}. The run goes on without it; "
+                "metrics.jsonl has the same numbers, and monitor.wandb=disabled avoids this line"
+            )
+
+    def _cells(self, step: int, row: SampleRow) -> list[Any]:
+        parts = json.dumps(jsonable(row.parts), sort_keys=True)
+        numbers = [float(row.reward), float(row.advantage), row.tokens, row.steps]
+        return [step, row.uid, row.prompt, row.response, *numbers, parts]

@@ -21,7 +21,9 @@ def load_verifier(name: str) -> Verifier:
     if ":" not in name:
         if name not in BUILT_IN:
             near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"verifier.name={name} is not one of {', '.join(BUILT_IN)}; did you mean {near}? (or file.py:function)")
+            raise ConfigError(
+                f"verifier.name={name} is not one of {', '.join(BUILT_IN)}; did you mean {near}? (or file.py:function)"
+            )
         return importlib.import_module(f"rlpipe.verifiers.{name}").verify
     place, _, function = name.rpartition(":")
     try:

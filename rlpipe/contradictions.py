@@ -1,0 +1,235 @@
+"""What a configuration must not say: refused before anything starts, with the arithmetic and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpipe.config import DecoderConfig, RunConfig
+from rlpipe.errors import ConfigError, ModelError
+from rlpipe.schema import flat, keys
+
+TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "rollout.decoder.select": ("static", "threshold"),
+    "rollout.decoder.score": ("max_prob", "entropy", "margin", "random", "left_to_right", "sampled_prob"),
+    "algo.preset": ("tracerl", "random_mask"),
+    "algo.advantage": ("zscore", "mean", "leave_one_out"),
+    "algo.kl_estimator": ("k1", "k2", "k3"),
+    "algo.normalizer": ("response_length", "row_mean", "sequence_mean", "token_mean", "constant"),
+    "algo.kl_normalizer": ("", "response_length", "row_mean", "sequence_mean", "token_mean", "constant", "row_sum"),
+    "algo.groups": ("keep", "drop", "refill"),
+    "learner.lr_schedule": ("constant", "linear", "cosine"),
+    "monitor.wandb": ("auto", "online", "offline", "disabled"),
+}
+ABOVE_ZERO = (
+    "model.layers", "model.width", "model.heads", "model.mlp", "warm_start.batch_size", "warm_start.lr", "steps",
+    "rollout.workers", "rollout.threads", "rollout.batch_size", "rollout.timeout_s", "rollout.decoder.max_tokens",
+    "rollout.decoder.tokens_per_step", "verifier.workers", "verifier.batch_size",
+    "verifier.timeout_s", "algo.prompts_per_step", "algo.samples_per_prompt", "algo.shrink", "algo.updates_per_step",
+    "algo.epochs", "learner.workers", "learner.threads", "learner.lr", "learner.eps", "learner.token_budget",
+    "learner.bucket_mb", "learner.timeout_s", "value.lr", "eval.prompts", "eval.samples", "checkpoint.keep",
+    "cluster.object_store_mb", "cluster.start_timeout_s",
+)  # fmt: skip
+MAY_BE_NEGATIVE = ("algo.accuracy_low", "algo.accuracy_high")  # rewards need not lie in [0, 1]
+AT_MOST = {
+    "rollout.decoder.threshold": 1.0, "verifier.max_failed_groups": 1.0, "algo.clip_low": 1.0, "learner.zero_stage": 3,
+    "value.gamma": 1.0, "value.lam": 1.0,
+}  # fmt: skip
+
+
+def check(cfg: RunConfig) -> list[str]:
+    """Warnings, or ConfigError for the first contradiction. Only a plan (`dry_run`) may ask for a value model."""
+    values = flat(cfg)
+    _check_choices(values)
+    _check_bounds(values)
+    _check_names(cfg)
+    _check_batch(cfg)
+    _check_model(cfg)
+    for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
+        _check_decoder(name, decoder, cfg)
+    if cfg.rollout.decoder.temperature == 0:
+        raise ConfigError("rollout.decoder.temperature=0: greedy samples of a prompt are all equal and teach nothing")
+    _check_learner(cfg)
+    _check_data(cfg)
+    if cfg.value.enabled and not cfg.dry_run:
+        raise ConfigError("value.enabled=true: value models are not in this version; set it to false, or dry_run=true to plan")
+    return _warnings(cfg)
+
+
+def decoder_of_eval(cfg: RunConfig) -> DecoderConfig:
+    """The second decoder of evaluations: the rollout's own with the changes of `eval.decoder`. Raises ConfigError for a
+    setting that decoders do not have, or of another type."""
+    changes: dict[str, Any] = {}
+    known = {field.name: type(getattr(cfg.rollout.decoder, field.name)) for field in dataclasses.fields(DecoderConfig)}
+    for key, value in cfg.eval.decoder.items():
+        if key not in known:
+            raise ConfigError(f"eval.decoder.{key}: a decoder has no such setting; did you mean {_nearest(key, [*known])}?")
+        wanted = known[key]
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise ConfigError(f"eval.decoder.{key}={value!r}: expected {keys()[f'rollout.decoder.{key}']}")
+        changes[key] = value
+    decoder = dataclasses.replace(cfg.rollout.decoder, **changes)
+    for key in ("select", "score"):
+        _check_choice(f"eval.decoder.{key}", getattr(decoder, key), CHOICES[f"rollout.decoder.{key}"])
+    return decoder
+
+
+def block_size(cfg: RunConfig) -> int | None:
+    """The model's attention block: 0 for full attention, None for a folder that does not say (yet)."""
+    if cfg.model.path in TINY_BLOCK_SIZE:
+        native = TINY_BLOCK_SIZE[cfg.model.path]
+        return native and (cfg.model.block_size or native)
+    path = Path(cfg.model.path) / "config.json"
+    try:
+        diffusion = json.loads(path.read_text(encoding="utf8")).get("diffusion", {}) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    if diffusion.get("attention") == "full":
+        return 0
+    return cfg.model.block_size or diffusion.get("block_size")
+
+
+def _nearest(value: Any, allowed: Sequence[str]) -> str:
+    return difflib.get_close_matches(str(value), [name for name in allowed if name], n=1, cutoff=0.0)[0]
+
+
+def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        listed = ", ".join(name or "(empty)" for name in allowed)
+        raise ConfigError(f"{key}={value} is not one of {listed}; did you mean {_nearest(value, allowed)}?")
+
+
+def _check_choices(values: dict[str, Any]) -> None:
+    for key, allowed in CHOICES.items():
+        _check_choice(key, values[key], allowed)
+
+
+def _check_bounds(values: dict[str, Any]) -> None:
+    """Every number is finite, and above 0 or at least 0 by the tables above."""
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise ConfigError(f"{key}={value} is not a finite number: {keys()[key]}")
+        if key in ABOVE_ZERO and not value > 0:
+            raise ConfigError(f"{key}={value} must be greater than 0: {keys()[key]}")
+        if value < 0 and key not in MAY_BE_NEGATIVE:
+            raise ConfigError(f"{key}={value} must not be negative: {keys()[key]}")
+        if key in AT_MOST and value > AT_MOST[key]:
+            raise ConfigError(f"{key}={value} must be at most {AT_MOST[key]:g}: {keys()[key]}")
+
+
+def _check_names(cfg: RunConfig) -> None:
+    """Recipe and run name folders below `output_dir`."""
+    for key, value in (("name", cfg.name), ("run_id", cfg.run_id)):
+        if value in (".", "..", "latest", "cache") or any(character in value for character in "/\\\0"):
+            raise ConfigError(f"{key}={value!r} names a folder below output_dir={cfg.output_dir}; use a plain name")
+
+
+def _check_batch(cfg: RunConfig) -> None:
+    algo, learner = cfg.algo, cfg.learner
+    responses = algo.prompts_per_step * algo.samples_per_prompt
+    if algo.samples_per_prompt < 2:
+        raise ConfigError("algo.samples_per_prompt=1: a group needs at least 2 samples to be compared with each other")
+    if responses % algo.updates_per_step:
+        raise ConfigError(
+            f"algo.updates_per_step={algo.updates_per_step} does not divide the {algo.prompts_per_step} × "
+            f"{algo.samples_per_prompt} = {responses} responses of a step; make it a divisor of {responses}"
+        )
+    if responses // algo.updates_per_step < learner.workers:
+        raise ConfigError(
+            f"an update of {responses} / {algo.updates_per_step} = {responses // algo.updates_per_step} responses "
+            f"cannot occupy learner.workers={learner.workers}; use fewer ranks or updates, or more prompts"
+        )
+    if cfg.rollout.batch_size % algo.samples_per_prompt:
+        near = max(1, round(cfg.rollout.batch_size / algo.samples_per_prompt)) * algo.samples_per_prompt
+        raise ConfigError(
+            f"rollout.batch_size={cfg.rollout.batch_size} is not a multiple of algo.samples_per_prompt="
+            f"{algo.samples_per_prompt}; the samples of a prompt are drawn together, so use {near}"
+        )
+    if not algo.accuracy_low < algo.accuracy_high:
+        raise ConfigError(
+            f"algo.accuracy_low={algo.accuracy_low} must be below algo.accuracy_high={algo.accuracy_high}; a group has "
+            "signal if its mean reward lies between them"
+        )
+    if algo.shrink > 1 and algo.preset == "random_mask":
+        raise ConfigError(f"algo.shrink={algo.shrink}: preset random_mask replays no steps that could be merged; leave it 1")
+
+
+def _check_model(cfg: RunConfig) -> None:
+    model = cfg.model
+    if model.path.startswith("tiny:") and model.path not in TINY_BLOCK_SIZE:
+        _check_choice("model.path", model.path, tuple(TINY_BLOCK_SIZE))
+    if model.path in TINY_BLOCK_SIZE and (model.width % model.heads or model.width // model.heads % 2):
+        raise ConfigError(
+            f"model.width={model.width} / model.heads={model.heads} = {model.width / model.heads:g}; a head needs an "
+            f"even whole width, so use model.width={2 * model.heads * max(1, round(model.width / model.heads / 2))}"
+        )
+    if model.block_size and block_size(cfg) == 0:
+        raise ConfigError(f"model.block_size={model.block_size}, but {model.path} has full attention; leave it 0")
+
+
+def _check_decoder(name: str, decoder: DecoderConfig, cfg: RunConfig) -> None:
+    if not 0 < decoder.threshold <= 1:
+        raise ConfigError(f"{name}.threshold={decoder.threshold} is a probability: above 0, at most 1")
+    if not 0 <= decoder.temperature < math.inf:
+        raise ConfigError(f"{name}.temperature={decoder.temperature} must be a number of at least 0 (0: greedy)")
+    if min(decoder.max_tokens, decoder.tokens_per_step) < 1 or decoder.block_size < 0:
+        raise ConfigError(f"{name}: max_tokens and tokens_per_step must be at least 1, block_size at least 0")
+    grid = block_size(cfg)
+    if grid and decoder.block_size not in (0, grid):
+        raise ConfigError(
+            f"{name}.block_size={decoder.block_size}, but the model attends in blocks of {grid}; leave it 0, or set "
+            "model.block_size to adapt the model"
+        )
+    room = grid or decoder.block_size or decoder.max_tokens
+    if decoder.tokens_per_step > room:
+        raise ConfigError(f"{name}.tokens_per_step={decoder.tokens_per_step} is more than a block of {room} tokens holds")
+
+
+def _check_learner(cfg: RunConfig) -> None:
+    learner = cfg.learner
+    if len(learner.betas) != 2 or not all(0 <= beta < 1 for beta in learner.betas):
+        raise ConfigError(f"learner.betas={learner.betas}: two numbers of at least 0 and below 1, for example [0.9, 0.999]")
+    if learner.offload and not learner.zero_stage:
+        raise ConfigError("learner.offload=true needs learner.zero_stage of 1 to 3; stage 0 has nothing to move")
+    for key, gpus, workers in (("rollout", cfg.rollout.gpus, 1), ("learner", learner.gpus, learner.workers)):
+        if gpus % 1 and (gpus > 1 or workers > 1):
+            reason = "two ranks on one GPU cannot form a group" if gpus < 1 else "Ray gives out whole GPUs above 1"
+            raise ConfigError(f"{key}.gpus={gpus:g}: {reason}; use {max(1, round(gpus))}, or 0 for CPUs")
+
+
+def _check_data(cfg: RunConfig) -> None:
+    data = cfg.data
+    if data.task == "jsonl" and not (data.train and data.test):
+        raise ConfigError("data.task=jsonl needs data.train=FILE and data.test=FILE")
+    if data.task != "jsonl" and (data.train or data.test):
+        raise ConfigError(f"data.train and data.test are read by data.task=jsonl only, and data.task is {data.task}")
+    if "{prompt}" not in data.template:
+        raise ConfigError(f"data.template={data.template!r} has no {{prompt}} in it, so the model would not see the task")
+
+
+def _warnings(cfg: RunConfig) -> list[str]:
+    found, decoder, grid = [], cfg.rollout.decoder, block_size(cfg)
+    if decoder.score == "sampled_prob":
+        found.append(
+            "rollout.decoder.score=sampled_prob: positions depend on the draws, so token ratios are only part of the likelihood"
+        )
+    if cfg.model.dtype == "bfloat16" and not (cfg.learner.gpus and cfg.rollout.gpus):
+        found.append("model.dtype=bfloat16 without GPUs: 50 to 90 times slower than float32 on most CPUs")
+    steps = math.ceil((grid or decoder.max_tokens) / decoder.tokens_per_step)
+    if grid is not None and 1 < steps <= cfg.algo.shrink:
+        found.append(
+            f"algo.shrink={cfg.algo.shrink} merges all {steps} steps of a {'block' if grid else 'canvas'} into one "
+            "row: the order of decoding no longer matters to the update"
+        )
+    return found
