@@ -44,8 +44,8 @@ def connect(cfg: ClusterConfig, *, need_cpus: float, need_gpus: float) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    address = os.environ.get("RAY_ADDRESS") if cfg.address == "auto" else cfg.address
-    if cfg.address != "local" and address:
+    address = address_to_join(cfg)
+    if address:
         ray.init(address=address, **quiet)
         log.info("joined the Ray cluster at %s", address)
         return
@@ -59,6 +59,19 @@ def connect(cfg: ClusterConfig, *, need_cpus: float, need_gpus: float) -> None:
     )
     _started_here = True
     log.info("started a local Ray cluster")
+
+
+def address_to_join(cfg: ClusterConfig) -> str | None:
+    """The cluster that a run joins, None if it starts its own."""
+    address = os.environ.get("RAY_ADDRESS") if cfg.address == "auto" else cfg.address
+    return None if address == "local" else address or None
+
+
+def resources() -> dict[str, float]:
+    """All resources of the connected cluster, in Ray's terms."""
+    import ray
+
+    return ray.cluster_resources()
 
 
 def disconnect() -> None:
@@ -90,14 +103,12 @@ def ledger(roles: Sequence[Role], resources: dict[str, float]) -> str:
 
 def preflight(roles: Sequence[Role]) -> None:
     """Raises ClusterError, with the arithmetic, if the connected cluster can never hold the roles."""
-    import ray
-
-    resources = ray.cluster_resources()
+    has = resources()
     for key, kind in (("CPU", "cpus"), ("GPU", "gpus")):
         need = sum(role.workers * getattr(role, kind) for role in roles)
-        if need > resources.get(key, 0.0) + 1e-6:
+        if need > has.get(key, 0.0) + 1e-6:
             raise ClusterError(
-                f"the run needs {need:g} {key}s and the cluster has {resources.get(key, 0.0):g}:\n{ledger(roles, resources)}\n"
+                f"the run needs {need:g} {key}s and the cluster has {has.get(key, 0.0):g}:\n{ledger(roles, has)}\n"
                 f"Use fewer workers, lower the roles' `{kind}`, or join a larger cluster (cluster.address)"
             )
 
@@ -168,7 +179,7 @@ def wait(references: Sequence[Any], *, what: str, timeout_s: float, every_s: flo
 
 
 def finished(references: Sequence[Any], timeout_s: float) -> list[Any]:
-    """Those of the references that are done, after at most timeout_s and as soon as one is. For loops with deadlines of their own."""
+    """References that are done, after at most timeout_s and as soon as one is; for loops with deadlines of their own."""
     import ray
 
     return ray.wait(list(references), timeout=max(0.0, timeout_s), fetch_local=False)[0]

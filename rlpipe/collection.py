@@ -135,8 +135,8 @@ class Collector:
         return (
             f"step {step}: none of {len(tally.sampled)} groups in {tally.rounds} rounds has a learning signal ({mean}; a group "
             f"needs different rewards, its mean inside {self.cfg.algo.accuracy_low:g} to {self.cfg.algo.accuracy_high:g}). Use "
-            "easier or harder prompts, a higher rollout.decoder.temperature, more algo.samples_per_prompt or refill_rounds, or a "
-            "longer warm start"
+            "easier or harder prompts, a higher rollout.decoder.temperature, more algo.samples_per_prompt or refill_rounds, or "
+            "a longer warm start"
         )
 
     def _harvest(self, live: Sequence[Group], tally: Tally) -> Harvest:

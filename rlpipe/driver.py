@@ -31,7 +31,7 @@ SHUFFLE = 0x5EED  # stream of the per-step generator that deals trajectories to 
 
 
 class Driver:
-    """One run, from its first weights to its summary. `state` is everything that a checkpoint must carry besides the learner."""
+    """One run, from its first weights to its summary. `state` is what a checkpoint must carry besides the learner."""
 
     def __init__(
         self,

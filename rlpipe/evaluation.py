@@ -23,8 +23,8 @@ def evaluate(
     samples: int,
     name: str,
 ) -> dict[str, float]:
-    """Metrics `eval/…` of one decoder: accuracy (mean reward over all samples), tokens_per_step (denoising steps, valid tokens),
-    response_len, eos_share. Raises VerifierFailed if any group could not be scored: a partial figure would mislead."""
+    """Metrics `eval/…` of one decoder: accuracy (mean reward over all samples), tokens_per_step (valid tokens by denoising
+    steps), response_len, eos_share. Raises VerifierFailed if any group could not be scored: a partial figure would mislead."""
     groups, _ = rollouts.generate(prompts, samples, decoder, what=f"evaluation ({name})", seed=SEED)
     scores = verifiers.score_groups([[(group.prompt, text) for text in group.texts] for group in groups])
     for score in scores:

@@ -174,6 +174,8 @@ def _merge(cfg: Any, layer: _Layer) -> Any:
             raise ConfigError(f"{layer.place(key)}: {key}={value}: {key} is a section; its keys are {inside}")
     for key in [key for key, value in said.items() if value is None and key in schema.sections()]:
         OmegaConf.update(layer.tree, key, {})  # a section with every line commented out
+    if said.get("data.task", cfg.data.task) != cfg.data.task:  # options belong to a task: another one's would be refused
+        OmegaConf.update(cfg, "data.options", {}, merge=False)
     try:
         return OmegaConf.merge(cfg, layer.tree)
     except OmegaConfBaseException as error:

@@ -19,7 +19,7 @@ log = logging.getLogger("rlpipe")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe; returns the process's exit code. Every expected failure is one message with its remedy."""
-    # Threads that wait must sleep: with the default, two of them on a machine with one free core spin 20 times longer than they work.
+    # Threads that wait must sleep: spinning, two of them on a machine with one free core were seen to take 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     cfg = recipe.load(arguments)
     warnings = recipe.check(cfg)
     if cfg.dry_run:
-        print(describe(cfg, None))
+        print(describe(cfg, cluster_resources(cfg)))
         for warning in warnings:
             print(f"warning: {warning}")
         return 0
@@ -107,6 +107,18 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         cluster.disconnect()
 
 
+def cluster_resources(cfg: RunConfig) -> dict[str, float] | None:
+    """Of the cluster that the run would join; None if it would start its own on this machine."""
+    from rlpipe import cluster
+
+    if not cluster.address_to_join(cfg.cluster):
+        return None
+    cluster.connect(cfg.cluster, need_cpus=0, need_gpus=0)
+    resources = cluster.resources()
+    cluster.disconnect()
+    return resources
+
+
 def check_model(cfg: RunConfig) -> None:
     """Refuse a model folder that cannot be used before anything starts; tiny models are made on the spot."""
     from rlpipe.models.loading import read_spec
@@ -118,12 +130,12 @@ def check_model(cfg: RunConfig) -> None:
 def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None). `resume=auto` looks at the latest run of the recipe."""
     from rlpipe import checkpoint
+    from rlpipe.monitor.latest import latest_run
 
     home = Path(cfg.output_dir) / cfg.name
     if cfg.resume == "auto":
-        latest = home / "latest"
-        if latest.is_dir():
-            run_dir = latest.resolve()
+        run_dir = latest_run(home)
+        if run_dir is not None:
             saved = checkpoint.complete(run_dir)
             if saved:
                 return run_dir, saved[-1]

@@ -3,14 +3,14 @@
 import os
 import tempfile
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["WANDB_MODE"] = "offline"
 for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):  # nothing of a test goes to the home folder
     os.environ.setdefault(name, os.path.join(tempfile.gettempdir(), "rlpipe-tests-wandb"))
 os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-
-import pytest
 
 
 @pytest.fixture(scope="session")

@@ -104,9 +104,8 @@ def test_a_missing_package_is_a_warning(tmp_path, monkeypatch):
 
 
 class FakeRun:
-    def __init__(self, folder: str, mode: str):
+    def __init__(self, folder: str):
         self.id, self.dir, self.url = "id1", f"{folder}/wandb/run-1/files", "https://wandb.example/runs/id1"
-        self.settings = types.SimpleNamespace(_offline=mode == "offline")
         self.summary, self.logged, self.code, self.broken = {}, [], None, False
 
     def define_metric(self, name, step_metric=None, hidden=False):
@@ -128,13 +127,14 @@ def fake_wandb(*, login: bool = False, refuse: tuple[str, ...] = ()) -> types.Mo
     wandb.Settings = lambda **settings: settings
     wandb.Table = lambda columns, data: {"columns": columns, "data": data}
     wandb.setup = lambda settings: None
+    wandb.teardown = lambda: None
     wandb.login = lambda prompt, verify: login
 
     def init(**arguments):
         wandb.opened.append(arguments)
         if arguments["mode"] in refuse:
             raise TimeoutError("no answer")
-        wandb.runs.append(FakeRun(arguments["dir"], arguments["mode"]))
+        wandb.runs.append(FakeRun(arguments["dir"]))
         return wandb.runs[-1]
 
     wandb.init = init
@@ -167,6 +167,15 @@ def test_the_modes_tried(tmp_path, monkeypatch, wanted, variable, login, refuse,
     assert len(warnings) == len(set(tried) & set(refuse))
     assert tracker.active == bool(set(tried) - set(refuse))
     tracker.finish({}, succeeded=True)
+
+
+def test_a_malformed_key_leaves_an_offline_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    monitor = open_monitor(tmp_path, wandb="auto")
+    monitor.finish({}, status="finished")
+    assert monitor.warnings == 1 and "login cannot be used" in monitor.console.stream.getvalue()
+    assert len(runs(monitor.run_dir)) == 1
 
 
 def test_how_a_run_is_opened(tmp_path, monkeypatch):

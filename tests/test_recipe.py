@@ -321,3 +321,9 @@ def test_every_key_is_documented_by_its_own_line():
 def test_keys_keep_their_defaults():
     for name, value in schema.flatten(dataclasses.asdict(RunConfig())).items():
         assert schema.keys()[name].default == value
+
+
+def test_another_task_drops_the_options_of_the_one_before():
+    assert recipe.load(["recipe=quickstart", "data.task=reasoning_gym:chain_sum"]).data.options == {}
+    kept = recipe.load(["recipe=quickstart", "data.options.clues_low=6"])
+    assert kept.data.options == {"careless": 0.55, "clues_low": 6}

@@ -151,7 +151,7 @@ def test_kill_everything_and_resume_is_bit_identical(baseline, tmp_path):
 
 
 def test_two_ranks_and_three_workers_give_the_same_samples(baseline, tmp_path):
-    """The first step's experience depends neither on the number of workers nor on the learner's shape; later ones to rounding."""
+    """The first step's experience depends neither on the number of workers nor on the learner's shape."""
     overrides = ["steps=2", "learner.workers=2", "learner.zero_stage=3", "rollout.workers=3", "verifier.workers=1"]
     run = finish(start(tmp_path, *overrides), tmp_path)
     ours, theirs = metrics(run), metrics(baseline)

@@ -17,8 +17,8 @@ ANSWER_FIELDS = ("answer", "ground_truth_answer")
 class JsonlSource(PromptSource):
     """`{"prompt" or "question": text, "answer" or "ground_truth_answer": text or object, "demonstration": text (optional)}`.
 
-    Every pass over the file has a fresh order, a function of seed and pass. Raises DataError, naming file, line and field, when the
-    source is built and not in mid-run.
+    Every pass over the file has a fresh order, a function of seed and pass. Raises DataError, naming file, line and field,
+    when the source is built and not in mid-run.
     """
 
     task, verifier = "jsonl", "exact"

@@ -50,8 +50,8 @@ def solved(grid: str) -> bool:
 class Sudoku(PromptSource):
     """Prompt: 16 cells row by row, `_` for blanks, 5 to 8 clues by default. Response: 16 digits, no EOS needed.
 
-    careless: share of demonstrations from the careless solver; those that happen to be right are replaced by another puzzle's, so
-    that it never yields a correct grid.
+    careless: share of demonstrations from the careless solver; those that happen to be right are replaced by another
+    puzzle's, so that it never yields a correct grid.
     """
 
     task, verifier, alphabet = "sudoku", "sudoku", "1234_"

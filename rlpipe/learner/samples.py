@@ -91,7 +91,7 @@ class Samples(Sequence):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's part of a step. updates: for each optimizer update of an epoch its micro-batches, each a list of sample indices; ~i
+    """One rank's part of a step. updates: for each optimizer update of an epoch its micro-batches, lists of sample indices; ~i
     stands for sample i with weight zero, there only so that all ranks do equally many passes. gauge: micro-batches that are
     scored for the parity gauge and not trained on."""
 

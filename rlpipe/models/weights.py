@@ -90,10 +90,9 @@ def load_buckets(module: torch.nn.Module, manifest: Manifest, buckets: Sequence[
         odd = sorted(names ^ parameters.keys())
         raise WeightMismatch(f"version {manifest.version} and this model differ in {len(odd)} parameters, first {odd[0]}")
     for entry in manifest.entries:
-        if tuple(parameters[entry.name].shape) != entry.shape:
-            raise WeightMismatch(
-                f"{entry.name}: version {manifest.version} has shape {entry.shape}, the model {tuple(parameters[entry.name].shape)}"
-            )
+        shape = tuple(parameters[entry.name].shape)
+        if shape != entry.shape:
+            raise WeightMismatch(f"{entry.name}: version {manifest.version} has shape {entry.shape}, the model {shape}")
     for entry in manifest.entries:
         parameters[entry.name].copy_(tensor_of(entry, buckets[entry.bucket]))
 

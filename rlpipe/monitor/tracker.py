@@ -28,8 +28,9 @@ class Tracker:
     """One W&B run, continued under `wandb_id` if that is given.
 
     cfg.monitor.wandb: online | offline | disabled | auto (WANDB_MODE if set, else online with a login, else offline; if
-    online fails, offline). Data lies in run_dir, unless WANDB_DIR says otherwise. Waits are told to
-    `note`; any failure of W&B is told to `warn` and ends the tracking, not the run: `id` stays what it was, so a later resume continues the same W&B run.
+    online fails, offline). Data lies in run_dir, unless WANDB_DIR says otherwise. Waits are told to `note`; any
+    failure of W&B is told to `warn` and ends the tracking, not the run: `id` stays what it was, so a later resume
+    continues the same W&B run.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Tracker:
         note: Callable[[str], None],
         warn: Callable[[str], None],
     ):
-        self.id, self.where = wandb_id, ""
+        self.id, self.where, self._mode = wandb_id, "", "disabled"
         self._note, self._warn = note, warn
         self._run: Any = None
         self._wandb: Any = None
@@ -72,11 +73,13 @@ class Tracker:
     def finish(self, summary: Mapping[str, Any], *, succeeded: bool) -> None:
         """Upload what is left, for at most FINISH_TIMEOUT_S; what is not uploaded by then stays on the disk."""
         if self._run is not None:
-            if not self._run.settings._offline:
+            if self._mode == "online":
                 self._note(f"waiting for W&B to take the last data, at most {FINISH_TIMEOUT_S:.0f} s")
             with self._surviving("finishing"):
                 self._run.summary.update(jsonable(dict(summary)))
                 self._run.finish(exit_code=0 if succeeded else 1)
+                # `finish` may return before its service wrote the last block, and `run` leaves by os._exit, past W&B's own hook
+                self._wandb.teardown()
             self._run = None
         for variable in self._variables:
             os.environ.pop(variable, None)
@@ -94,7 +97,7 @@ class Tracker:
                 return
             for mode in modes:
                 try:
-                    self._run = self._init(mode, cfg, run_dir)
+                    self._run, self._mode = self._init(mode, cfg, run_dir), mode
                     break
                 except Exception as error:  # the last mode's failure is for `_surviving`
                     if mode == modes[-1]:
@@ -120,8 +123,7 @@ class Tracker:
                 console="off",  # W&B would wrap standard output, and the console draws on it
                 reinit="create_new",  # never another run of this process
                 init_timeout=START_TIMEOUT_S,
-                # with a limit, `finish` may return before the last block is on the disk, so it is for uploads only
-                finish_timeout=FINISH_TIMEOUT_S if mode == "online" else 0.0,
+                finish_timeout=FINISH_TIMEOUT_S,
             ),
         )
 
@@ -132,7 +134,7 @@ class Tracker:
             self._run.define_metric(section, step_metric="step")
         self.id = self._run.id
         folder = Path(self._run.dir).parent
-        self.where = f"wandb sync {folder}" if self._run.settings._offline else self._run.url
+        self.where = self._run.url if self._mode == "online" else f"wandb sync {folder}"
 
     def _modes(self, wanted: str) -> list[str]:
         """Modes to try, in order."""
@@ -140,8 +142,11 @@ class Tracker:
             return [wanted]
         if os.environ.get("WANDB_MODE"):
             return [os.environ["WANDB_MODE"]]
-        # verify=False: a key that does not work, or no network, shows when the run is opened
-        return ["online", "offline"] if self._wandb.login(prompt=False, verify=False) else ["offline"]
+        try:  # verify=False: a key that the server refuses, or no network, shows when the run is opened
+            return ["online", "offline"] if self._wandb.login(prompt=False, verify=False) else ["offline"]
+        except Exception as error:  # said, and offline needs no login
+            self._warn(f"the W&B login cannot be used ({error}); recording offline instead")
+            return ["offline"]
 
     def _place_files(self, run_dir: Path) -> None:
         """Staging and cache in the run folder, not in the home folder, which may be read-only; undone by `finish`."""

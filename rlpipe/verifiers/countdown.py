@@ -17,7 +17,7 @@ OPERATORS = {
 
 
 def verify(prompt: Prompt, response: str) -> float:
-    """1 if the response is an expression of + - * / and brackets over exactly the given numbers with the target's value; else 0.
+    """1 if the response is an expression of + - * / and brackets over exactly the given numbers that gives the target; else 0.
 
     prompt.answer: {"numbers": list of int, "target": int}. Exact arithmetic, own parser, nothing is evaluated as code.
     """
