@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 address="${RAY_ADDRESS:-http://127.0.0.1:8265}"
 case "$address" in
-    http://* | https://*) ;;
+    http*://*) ;;
     *)
         echo "error: RAY_ADDRESS=$address is not a job server; it must look like http://HOST:8265" >&2
         exit 2

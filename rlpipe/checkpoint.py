@@ -75,8 +75,8 @@ def check_fits(folder: Path, state: dict[str, Any], *, fingerprint: str, changes
     if state["learner"] != learner:
         raise CheckpointError(
             f"{folder} was written by {state['learner']['workers']} learner ranks at ZeRO {state['learner']['zero_stage']}, "
-            f"this run has {learner['workers']} at ZeRO {learner['zero_stage']}. Use the same numbers, or start a new run from its "
-            f"weights: model.path={folder / 'model'} resume=never"
+            f"this run has {learner['workers']} at ZeRO {learner['zero_stage']}. Use the same numbers, or start a new run from "
+            f"its weights: model.path={folder / 'model'} resume=never"
         )
     if state["fingerprint"] != fingerprint:
         listed = "\n  ".join(changes) or "(defaults of this version changed)"
