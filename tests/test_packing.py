@@ -85,11 +85,11 @@ def replay(model, records, batch_size: int) -> np.ndarray:
             slots += [pack.slot + count for pack in mine]
             rollout.append(np.broadcast_to(record.at_commit("logp"), rows.scored.shape)[rows.scored])
             count += len(rollout[-1])
-        batch = collate(packs, slots, 0)
+        batch = collate(packs, slots, 0).to(model.device)
         temperature = records[0].decoder["temperature"]
         with torch.no_grad():
             logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets, temperature)
-        gaps.append(np.abs(logp.numpy() - np.concatenate(rollout)[batch.slot.numpy()]))
+        gaps.append(np.abs(logp.cpu().numpy() - np.concatenate(rollout)[batch.slot.cpu().numpy()]))
     return np.concatenate(gaps)
 
 
