@@ -21,11 +21,19 @@ PROCEDURAL: dict[str, Callable[..., PromptSource]] = {"sudoku": Sudoku, "countdo
 
 def build_source(cfg: DataConfig, seed: int) -> PromptSource:
     """The recipe's prompt source. Raises ConfigError for an unknown task or option, DataError for unusable files."""
+    if "{prompt}" not in cfg.template:
+        raise ConfigError(
+            f"data.template={cfg.template!r} has no {{prompt}} in it, so the model would not see the task"
+        )
     if cfg.task.startswith("reasoning_gym:"):
         from rlpipe.data.reasoning_gym import ReasoningGym
 
         source: PromptSource = ReasoningGym(cfg.task.partition(":")[2], seed, **cfg.options)
     elif cfg.task == "jsonl":
+        if cfg.options:
+            raise ConfigError(
+                f"data.options.{next(iter(cfg.options))}: task jsonl has no options; leave data.options empty"
+            )
         source = JsonlSource(cfg.train, cfg.test, seed)
     elif cfg.task in PROCEDURAL:
         maker = PROCEDURAL[cfg.task]
@@ -35,8 +43,6 @@ def build_source(cfg: DataConfig, seed: int) -> PromptSource:
         known = [*PROCEDURAL, "jsonl", "reasoning_gym:NAME"]
         near = difflib.get_close_matches(cfg.task, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"data.task={cfg.task} is not one of {', '.join(known)}; did you mean {near}?")
-    if "{prompt}" not in cfg.template:
-        raise ConfigError(f"data.template={cfg.template!r} has no {{prompt}} in it")
     return source if cfg.template == "{prompt}" else Templated(source, cfg.template)
 
 
@@ -45,7 +51,9 @@ def _check_options(task: str, maker: Callable[..., PromptSource], options: dict[
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"data.options.{name}: task {task} has no such option; did you mean {near}? ({', '.join(known)})")
+            raise ConfigError(
+                f"data.options.{name}: task {task} has no such option; did you mean {near}? ({', '.join(known)})"
+            )
 
 
 class Templated(PromptSource):
@@ -54,7 +62,10 @@ class Templated(PromptSource):
     def __init__(self, source: PromptSource, template: str):
         self.source, self.template = source, template
         self.task, self.verifier, self.size = source.task, source.verifier, source.size
-        self.alphabet = "".join(sorted(set(source.alphabet) | set(template.replace("{prompt}", "")))) if source.alphabet else ""
+        self.max_response_chars = source.max_response_chars
+        self.identity = f"{source.identity} in template {template!r}"
+        if source.alphabet:
+            self.alphabet = "".join(sorted({*source.alphabet, *template.replace("{prompt}", "")}))
 
     def _wrap(self, prompt: Prompt) -> Prompt:
         return dataclasses.replace(prompt, text=self.template.replace("{prompt}", prompt.text))

@@ -17,8 +17,9 @@ OPERATORS = {
 
 
 def verify(prompt: Prompt, response: str) -> float:
-    """1 if the response is an expression of + - * / and brackets over exactly the given numbers that gives the target; else 0.
+    """1 if the response is an expression of + - * / and brackets that uses the numbers and gives the target; else 0.
 
+    Each number is used exactly once; there is no sign before a number.
     prompt.answer: {"numbers": list of int, "target": int}. Exact arithmetic, own parser, nothing is evaluated as code.
     """
     try:
@@ -30,10 +31,11 @@ def verify(prompt: Prompt, response: str) -> float:
 
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
     """(value, numbers used). Raises ValueError, SyntaxError or ZeroDivisionError for anything but plain arithmetic."""
+    text = text.strip() if len(text) <= MAX_LENGTH else text
     if len(text) > MAX_LENGTH or not set(text) <= set("0123456789+-*/() "):
         raise ValueError("not an arithmetic expression")
     used: list[int] = []
-    return _value(ast.parse(text.strip(), mode="eval").body, used), used
+    return _value(ast.parse(text, mode="eval").body, used), used
 
 
 def _value(node: ast.expr, used: list[int]) -> Fraction:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from functools import cache
+import ast
+import json
+from functools import cache, lru_cache
+from typing import Any
 
 from rlpipe.trajectory import Prompt
 
 
 @cache
-def _dataset(name: str):
+def _dataset(name: str, options: str) -> Any:
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(name, size=1, seed=0)
+    return reasoning_gym.create_dataset(name, size=1, seed=0, **json.loads(options))
+
+
+@lru_cache(maxsize=256)
+def _entry(literal: str) -> dict[str, Any]:
+    return ast.literal_eval(literal)
 
 
 def verify(prompt: Prompt, response: str) -> float:
-    """The library's score in [0, 1]. prompt.answer: {"dataset": name, "entry": the library's entry}."""
-    return float(_dataset(prompt.answer["dataset"]).score_answer(answer=response, entry=prompt.answer["entry"]))
+    """The library's score, 1 for a right answer; many tasks give less than 1 for a near miss or for the right format.
+
+    prompt.answer: {"dataset": name, "options": the task's options (some scorers read them), "entry": the library's
+    entry, as an object or as the text of a Python literal}. The library is trusted to treat the response as data.
+    """
+    answer = prompt.answer
+    entry = _entry(answer["entry"]) if isinstance(answer["entry"], str) else answer["entry"]
+    dataset = _dataset(answer["dataset"], json.dumps(answer.get("options", {}), sort_keys=True))
+    return float(dataset.score_answer(answer=response, entry=entry))
