@@ -46,7 +46,11 @@ class DecoderConfig:
 
     max_tokens: int = 16  # response tokens
     block_size: int = 0  # commits stay inside one block of the absolute grid; 0: the model's block, or one canvas
-    select: str = "static"  # static: tokens_per_step at a time | threshold: all above it, at least one
+    select: str = (
+        "static"  # static | threshold | factor | entropy_bounded | local_leap | hierarchical | block_adaptive | doubling
+    )
+    options: dict[str, Any] = field(default_factory=dict)  # numbers of the selector, e.g. {gamma: 0.35} for entropy_bounded
+    eos_gamma: float = 1.0  # EOSER: the score of a drawn EOS starts at this share and rises to all of it; 1 switches it off
     tokens_per_step: int = 1
     threshold: float = 0.9
     score: str = "max_prob"  # state-only: max_prob | entropy | margin | random | left_to_right; sampled_prob: as published

@@ -17,7 +17,16 @@ from rlpipe.schema import flat, keys
 TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "rollout.decoder.select": ("static", "threshold"),
+    "rollout.decoder.select": (
+        "static",
+        "threshold",
+        "factor",
+        "entropy_bounded",
+        "local_leap",
+        "hierarchical",
+        "block_adaptive",
+        "doubling",
+    ),
     "rollout.decoder.score": ("max_prob", "entropy", "margin", "random", "left_to_right", "sampled_prob"),
     "algo.preset": ("tracerl", "random_mask"),
     "algo.advantage": ("zscore", "mean", "leave_one_out"),
@@ -39,7 +48,8 @@ ABOVE_ZERO = (
 )  # fmt: skip
 MAY_BE_NEGATIVE = ("algo.accuracy_low", "algo.accuracy_high")  # rewards need not lie in [0, 1]
 AT_MOST = {
-    "rollout.decoder.threshold": 1.0, "verifier.max_failed_groups": 1.0, "algo.clip_low": 1.0, "learner.zero_stage": 3,
+    "rollout.decoder.threshold": 1.0, "rollout.decoder.eos_gamma": 1.0,
+    "verifier.max_failed_groups": 1.0, "algo.clip_low": 1.0, "learner.zero_stage": 3,
     "value.gamma": 1.0, "value.lam": 1.0,
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 from rlpipe import config
 from rlpipe.config import RunConfig
 
-FREE = ("data.options", "eval.decoder")  # mappings whose own keys are not the schema's
+FREE = ("data.options", "eval.decoder", "rollout.decoder.options")  # mappings whose own keys are not the schema's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

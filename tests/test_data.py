@@ -160,10 +160,7 @@ def test_data_and_verifiers_import_no_torch():
         "rlpipe.data.registry.build_source(DataConfig(task='reasoning_gym:chain_sum'), 0).prompt(0);"
         "print('torch' in sys.modules)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "False"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_the_cursor_continues_where_it_was():

@@ -9,7 +9,7 @@ from rlpipe.config import DecoderConfig
 from rlpipe.errors import ConfigError, RolloutFailed
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.noise import sample_seed, uniform
-from rlpipe.sampling.selection import SCORERS, select_static, select_threshold
+from rlpipe.sampling.selection import SCORERS
 from rlpipe.sampling.statistics import inverse_cdf, row_statistics
 
 KINDS = ("block", "full")
@@ -49,19 +49,6 @@ def test_row_statistics_by_hand():
     assert cold.token.item() == 0 and cold.logp.item() == pytest.approx(np.log(0.49 / 0.54), abs=1e-6)
     assert cold.logp_t1.item() == pytest.approx(np.log(0.7), abs=1e-6)
     assert row_statistics(logits, noise, 0.0).token.item() == 0
-
-
-def test_selectors_break_ties_by_position_and_always_commit():
-    score = torch.tensor([[0.5, 0.9, 0.9, 0.9], [0.1, 0.2, 0.3, 0.4]])
-    masked = torch.tensor([[True, False, True, True], [True, True, True, False]])
-    commit, forced = select_static(score, masked, 1)
-    assert commit.tolist() == [[False, False, True, False], [False, False, True, False]] and not forced.any()
-    commit, forced = select_threshold(score, masked, 1, 0.9)
-    assert commit.tolist() == [[False, False, True, True], [False, False, True, False]]
-    assert forced.tolist() == [[False] * 4, [False, False, True, False]]
-    commit, forced = select_threshold(score, masked, 2, 0.3)
-    assert commit.tolist() == [[True, False, True, True], [False, True, True, False]]
-    assert forced.tolist() == [[False] * 4, [False, True, False, False]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

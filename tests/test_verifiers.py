@@ -95,9 +95,7 @@ def test_sudoku_accepts_the_solved_grids_and_nothing_else():
         assert verdict("sudoku", {"clues": "_" * 16}, "".join(cells)) == float(solved("".join(cells)))
 
 
-@pytest.mark.parametrize(
-    "name, answer", [("sudoku", {"clues": "1_"}), ("sudoku", {}), ("countdown", {}), ("exact", {})]
-)
+@pytest.mark.parametrize("name, answer", [("sudoku", {"clues": "1_"}), ("sudoku", {}), ("countdown", {}), ("exact", {})])
 def test_a_broken_question_is_a_failure_and_not_a_zero(name, answer):
     with pytest.raises((KeyError, ValueError)):
         verdict(name, answer, GRID if name == "sudoku" else "1+2")
@@ -149,9 +147,7 @@ def test_math_works_off_the_main_thread_and_refuses_unreadable_references():
 def test_reasoning_gym_takes_entries_as_objects_and_as_literals():
     entry = {"question": "q", "answer": "7", "metadata": {"pair": (1, 2)}}
     for form in (entry, repr(entry)):
-        assert (
-            verdict("reasoning_gym", {"dataset": "chain_sum", "options": {"max_terms": 6}, "entry": form}, "7") == 1.0
-        )
+        assert verdict("reasoning_gym", {"dataset": "chain_sum", "options": {"max_terms": 6}, "entry": form}, "7") == 1.0
 
 
 def test_a_verifier_of_ones_own():

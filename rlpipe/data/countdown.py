@@ -21,9 +21,7 @@ class Countdown(PromptSource):
 
     task, verifier, alphabet = "countdown", "countdown", " ()*+-/0123456789="
 
-    def __init__(
-        self, seed: int, *, numbers: int = 3, max_number: int = 9, operations: str = "+-*", careless: float = 0.0
-    ):
+    def __init__(self, seed: int, *, numbers: int = 3, max_number: int = 9, operations: str = "+-*", careless: float = 0.0):
         if not isinstance(operations, str) or not operations or not set(operations) <= set("+-*"):
             raise ConfigError(f"data.options.operations={operations!r}: task countdown needs one or more of + - *")
         self.seed, self.operations = seed, operations

@@ -107,9 +107,7 @@ def read(file: str, key: str) -> list[Record]:
     seen: dict[str, str] = {}
     for record in records:
         if record.name in seen:
-            raise DataError(
-                f"{record.place}: uid {record.name!r} is already that of {seen[record.name]}; make it unique"
-            )
+            raise DataError(f"{record.place}: uid {record.name!r} is already that of {seen[record.name]}; make it unique")
         seen[record.name] = record.place
     return records
 

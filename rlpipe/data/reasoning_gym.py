@@ -57,9 +57,7 @@ class ReasoningGym(PromptSource):
         self._test: tuple[int, list[Prompt]] = (0, [])
         self._dataset("train 0", seed, 0)
         if name in HASH_DEPENDENT and os.environ.get("PYTHONHASHSEED", "random") == "random":
-            log.warning(
-                "%s gives other prompts in every process; set PYTHONHASHSEED=0 to repeat or resume a run", self.task
-            )
+            log.warning("%s gives other prompts in every process; set PYTHONHASHSEED=0 to repeat or resume a run", self.task)
 
     def _dataset(self, stream: str, seed: int | str, chunk: int) -> Any:
         """The library's data set of one chunk. Its seed is hashed: the library adds the index to it, so neighbouring

@@ -22,18 +22,14 @@ PROCEDURAL: dict[str, Callable[..., PromptSource]] = {"sudoku": Sudoku, "countdo
 def build_source(cfg: DataConfig, seed: int) -> PromptSource:
     """The recipe's prompt source. Raises ConfigError for an unknown task or option, DataError for unusable files."""
     if "{prompt}" not in cfg.template:
-        raise ConfigError(
-            f"data.template={cfg.template!r} has no {{prompt}} in it, so the model would not see the task"
-        )
+        raise ConfigError(f"data.template={cfg.template!r} has no {{prompt}} in it, so the model would not see the task")
     if cfg.task.startswith("reasoning_gym:"):
         from rlpipe.data.reasoning_gym import ReasoningGym
 
         source: PromptSource = ReasoningGym(cfg.task.partition(":")[2], seed, **cfg.options)
     elif cfg.task == "jsonl":
         if cfg.options:
-            raise ConfigError(
-                f"data.options.{next(iter(cfg.options))}: task jsonl has no options; leave data.options empty"
-            )
+            raise ConfigError(f"data.options.{next(iter(cfg.options))}: task jsonl has no options; leave data.options empty")
         source = JsonlSource(cfg.train, cfg.test, seed)
     elif cfg.task in PROCEDURAL:
         maker = PROCEDURAL[cfg.task]
@@ -51,9 +47,7 @@ def _check_options(task: str, maker: Callable[..., PromptSource], options: dict[
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"data.options.{name}: task {task} has no such option; did you mean {near}? ({', '.join(known)})"
-            )
+            raise ConfigError(f"data.options.{name}: task {task} has no such option; did you mean {near}? ({', '.join(known)})")
 
 
 class Templated(PromptSource):

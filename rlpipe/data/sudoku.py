@@ -65,9 +65,7 @@ class Sudoku(PromptSource):
 
     task, verifier, alphabet, max_response_chars = "sudoku", "sudoku", "1234_", 16
 
-    def __init__(
-        self, seed: int, *, clues_low: int = 5, clues_high: int = 8, unique: bool = False, careless: float = 0.0
-    ):
+    def __init__(self, seed: int, *, clues_low: int = 5, clues_high: int = 8, unique: bool = False, careless: float = 0.0):
         # 15 clues leave one blank, which even the careless solver fills rightly; a single solution takes 4 clues
         low = whole_number("sudoku", "clues_low", clues_low, 4 if unique else 1, 14)
         high = whole_number("sudoku", "clues_high", clues_high, low, 14)
@@ -92,9 +90,7 @@ class Sudoku(PromptSource):
 
     def _make(self, kind: str, index: int, clues: str, demonstration: str | None = None) -> Prompt:
         answer = {"clues": clues}
-        return Prompt(
-            uid=f"sudoku/{kind}/{index}", task="sudoku", text=clues, answer=answer, demonstration=demonstration
-        )
+        return Prompt(uid=f"sudoku/{kind}/{index}", task="sudoku", text=clues, answer=answer, demonstration=demonstration)
 
     def prompt(self, index: int) -> Prompt:
         return self._make("train", index, self._puzzle(False, self.seed, "train", index)[0])

@@ -19,7 +19,8 @@ class Canvas:
 
     request int64[n]: which request each slot serves · ids int64[n, W] · prompt_len, end (of the canvas), block_start,
     block_end (of the active block), clean (positions below it are final and, with a cache, stored), step (denoising steps
-    so far), seed: int64[n] · trace: [n, W] buffers of what happened at commit; step is 1-based, 0 means never.
+    so far), block_step (those of the active block), seed: int64[n] · trace: [n, W] buffers of what
+    happened at commit; step is 1-based, 0 means never.
     """
 
     def __init__(self, prompts: Sequence[np.ndarray], seeds: Sequence[int], decoder: Decoder, spec: DiffusionSpec, device):
@@ -38,6 +39,7 @@ class Canvas:
         self.ids, self.prompt_len, self.end = tensor(ids), tensor(lens), tensor(ends)
         self.seed = tensor(np.array(seeds, np.int64))
         self.step = torch.zeros_like(self.prompt_len)
+        self.block_step = torch.zeros_like(self.prompt_len)
         self.clean = torch.zeros_like(self.prompt_len)
         self.block_start = self.prompt_len.clone()
         if spec.block_size:  # prompt tokens in an unfinished block open the first denoised block
@@ -62,9 +64,18 @@ class Canvas:
         position = torch.minimum(position, self.block_end.unsqueeze(1) - 1)
         return position, inside & (self.ids.gather(1, position) == self.spec.mask_token_id)
 
+    def settled(self) -> torch.Tensor:
+        """float32 [n]: mean confidence of what the active block has committed so far, NaN where nothing."""
+        column = torch.arange(self.ids.shape[1], device=self.ids.device)
+        start = torch.maximum(self.block_start, self.prompt_len)
+        inside = (column >= start.unsqueeze(1)) & (column < self.block_end.unsqueeze(1))
+        done = inside & (self.trace["step"] > 0)
+        return (self.trace["confidence"] * done).sum(-1) / done.sum(-1)
+
     def commit(self, position: torch.Tensor, chosen: torch.Tensor, token: torch.Tensor, trace: dict) -> None:
         """Write tokens [n, B] and their trace at `position` where `chosen`; counts one denoising step."""
         self.step += 1
+        self.block_step += 1
         if self.spec.block_size:  # everything before the active block was just forwarded with its final tokens
             self.clean = self.block_start.clone()
         slot, column = chosen.nonzero(as_tuple=True)
@@ -81,6 +92,7 @@ class Canvas:
         ended = self._has_eos() if len(self.eos) else torch.zeros_like(full)
         done = (full & (self.block_end >= self.end)) | (ended & (full if self.decoder.stop == "block" else True))
         turn = full & ~done
+        self.block_step = torch.where(turn, 0, self.block_step)
         self.block_start = torch.where(turn, self.block_end, self.block_start)
         self.block_end = torch.where(turn, self._block_end(), self.block_end)
         return done
@@ -97,6 +109,6 @@ class Canvas:
 
     def take(self, slots: torch.Tensor) -> None:
         """Keep only the given slots, in that order."""
-        for name in ("request", "ids", "prompt_len", "end", "seed", "step", "clean", "block_start", "block_end"):
+        for name in ("request", "ids", "prompt_len", "end", "seed", "step", "block_step", "clean", "block_start", "block_end"):
             setattr(self, name, getattr(self, name)[slots])
         self.trace = {k: v[slots] for k, v in self.trace.items()}

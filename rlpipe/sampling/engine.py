@@ -21,7 +21,7 @@ from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.noise import POSITION_SCORE, TOKEN, uniform
 from rlpipe.sampling.record import record
-from rlpipe.sampling.selection import SCORERS
+from rlpipe.sampling.selection import SCORERS, StepView
 from rlpipe.sampling.statistics import RowStatistics, row_statistics
 from rlpipe.trajectory import Trajectories
 
@@ -114,7 +114,10 @@ class Engine:
         laid_out = RowStatistics(*(_lay_out(values, masked) for values in statistics))
         order_noise = uniform(seed, position, step, POSITION_SCORE)
         score = SCORERS[canvas.decoder.score].score(laid_out, position, order_noise)
-        chosen, forced = canvas.decoder.choose(score, masked)
+        score = canvas.decoder.weigh_eos(score, torch.isin(laid_out.token, canvas.eos), canvas.block_step)
+        settled = canvas.settled() if canvas.decoder.selector.uses_settled else None
+        view = StepView(score, masked, laid_out, canvas.block_step, settled)
+        chosen, forced = canvas.decoder.choose(view)
         trace = {"logp": laid_out.logp, "logp_t1": laid_out.logp_t1, "confidence": laid_out.p_token, "forced": forced}
         canvas.commit(position, chosen, laid_out.token, trace)
         counters.head_rows += len(rows)

@@ -26,9 +26,7 @@ def verify(prompt: Prompt, response: str) -> float:
     reference = str(prompt.answer["answer"])
     gold = parse(reference if "$" in reference or "\\boxed" in reference else f"${reference}$", parsing_timeout=None)
     if not gold or not reference.strip():
-        raise VerifierFailed(
-            f"verifier math: the reference answer {reference!r} of {prompt.uid} cannot be read; correct it"
-        )
+        raise VerifierFailed(f"verifier math: the reference answer {reference!r} of {prompt.uid} cannot be read; correct it")
     answer = parse(response, parsing_timeout=None)
     if any(_bits(part) > MAX_BITS for part in answer):
         return 0.0

@@ -33,9 +33,7 @@ def load_verifier(name: str) -> Verifier:
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # whatever the user's module raises while it is loaded
-        raise ConfigError(
-            f"verifier.name={name}: {place} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"verifier.name={name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
