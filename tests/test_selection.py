@@ -13,7 +13,16 @@ from rlpipe.errors import ConfigError
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.selection import (
-    SELECTORS, BlockAdaptive, Doubling, EntropyBounded, Factor, Hierarchical, LocalLeap, Static, StepView, Threshold,
+    SELECTORS,
+    BlockAdaptive,
+    Doubling,
+    EntropyBounded,
+    Factor,
+    Hierarchical,
+    LocalLeap,
+    Static,
+    StepView,
+    Threshold,
 )  # fmt: skip
 from rlpipe.sampling.statistics import RowStatistics
 
