@@ -67,6 +67,30 @@ def test_a_sample_does_not_depend_on_its_batch(kind, decoder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slots", (1, 2, 5, 9, 50))
+def test_slots_are_refilled_and_change_nothing(kind, slots):
+    model, tokenizer = tiny(kind)
+    tokens, budgets = prompts(tokenizer, 9), [1 + 5 * i % 13 for i in range(9)]
+    want, _ = sample(model, tokens, budgets=budgets)
+    got, counters = sample(model, tokens, budgets=budgets, slots=slots)
+    for one, other, budget in zip(want, got, budgets, strict=True):
+        assert one.uid == other.uid and one.valid_len == other.valid_len <= budget
+        np.testing.assert_array_equal(one.response_ids, other.response_ids)
+        np.testing.assert_array_equal(one.step_map(), other.step_map())
+        np.testing.assert_allclose(one.events.logp, other.events.logp, atol=2e-6)
+    assert counters.responses == 9
+
+
+def test_a_short_request_does_not_wait_for_a_long_one():
+    model, tokenizer = tiny("block")
+    model = with_spec(model, eos_token_ids=())
+    tokens = prompts(tokenizer, 4, ragged=False)
+    budgets = [4, 16, 4, 4]
+    _, counters = sample(model, tokens, budgets=budgets, slots=2)
+    assert counters.forwards == 16, "three short ones pass through one slot while the long one holds the other"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_record_is_whole(kind):
     model, tokenizer = tiny(kind)
     records, counters = sample(model, prompts(tokenizer, 12), max_tokens=10)

@@ -10,6 +10,7 @@ from rlpipe.models.spec import DiffusionSpec
 from rlpipe.models.tiny import build_tiny
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine
+from rlpipe.sampling.request import Request
 
 ALPHABET = "0123456789_+-*/=() "
 
@@ -35,10 +36,13 @@ def prompts(tokenizer, count: int, ragged: bool = True) -> list[np.ndarray]:
     return [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
 
 
-def sample(model, tokens, seeds=None, version: int = 0, **decoder):
-    """Trajectories for the given prompts."""
+def sample(model, tokens, seeds=None, version: int = 0, slots: int = 0, budgets=None, **decoder):
+    """Trajectories for the given prompts. budgets: max_tokens of each."""
     settings = Decoder.resolve(DecoderConfig(**decoder), model.spec)
     seeds = list(range(len(tokens))) if seeds is None else seeds
-    return Engine(model).sample(
-        tokens, uids=[f"p{s}" for s in seeds], samples=[0] * len(tokens), seeds=seeds, decoder=settings, version=version
-    )
+    budgets = [0] * len(tokens) if budgets is None else budgets
+    requests = [
+        Request(prompt_ids=ids, uid=f"p{seed}", sample=0, seed=seed, max_tokens=budget)
+        for ids, seed, budget in zip(tokens, seeds, budgets, strict=True)
+    ]
+    return Engine(model).sample(requests, decoder=settings, version=version, slots=slots)

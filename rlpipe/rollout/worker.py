@@ -17,6 +17,7 @@ from rlpipe.models.weights import Manifest, load_buckets
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine, EngineCounters
 from rlpipe.sampling.noise import sample_seed
+from rlpipe.sampling.request import Request
 from rlpipe.trajectory import Prompt, Trajectories
 
 
@@ -71,18 +72,14 @@ class RolloutWorker:
                 f"rollout worker {self.index} holds weights of version {self.version}, asked for {request.version}"
             )
         start = time.perf_counter()
-        prompts, uids, samples, seeds = [], [], [], []
-        for prompt in request.prompts:
-            ids = np.array(self.tokenizer(prompt.text)["input_ids"], np.int32)
-            for sample in range(request.samples):
-                prompts.append(ids)
-                uids.append(prompt.uid)
-                samples.append(sample)
-                seeds.append(sample_seed(request.seed, prompt.uid, sample))
+        tokens = [np.array(self.tokenizer(prompt.text)["input_ids"], np.int32) for prompt in request.prompts]
+        wanted = [
+            Request(prompt_ids=ids, uid=prompt.uid, sample=sample, seed=sample_seed(request.seed, prompt.uid, sample))
+            for prompt, ids in zip(request.prompts, tokens, strict=True)
+            for sample in range(request.samples)
+        ]
         decoder = Decoder.resolve(request.decoder, self.engine.spec)
-        trajectories, counters = self.engine.sample(
-            prompts, uids=uids, samples=samples, seeds=seeds, decoder=decoder, version=self.version
-        )
+        trajectories, counters = self.engine.sample(wanted, decoder=decoder, version=self.version)
         texts = tuple(
             self.tokenizer.decode(t.response_ids[: t.valid_len].tolist(), skip_special_tokens=True) for t in trajectories
         )

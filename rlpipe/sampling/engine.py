@@ -21,6 +21,7 @@ from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.noise import POSITION_SCORE, TOKEN, uniform
 from rlpipe.sampling.record import record
+from rlpipe.sampling.request import Request
 from rlpipe.sampling.selection import SCORERS, StepView
 from rlpipe.sampling.statistics import RowStatistics, row_statistics
 from rlpipe.trajectory import Trajectories
@@ -54,23 +55,21 @@ class Engine:
     @torch.inference_mode()
     def sample(
         self,
-        prompts: Sequence[np.ndarray],
+        requests: Sequence[Request],
         *,
-        uids: Sequence[str],
-        samples: Sequence[int],
-        seeds: Sequence[int],
         decoder: Decoder,
         version: int,
+        slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Trajectories, EngineCounters]:
-        """One trajectory per prompt (int32 token ids), in the order given.
+        """One trajectory per request, in the order given, at most `slots` of them at a time (0: all at once).
 
-        uids, samples, seeds: identity and noise seed of each. version: of the weights now loaded. progress(done, total) is
-        called when requests finish. Raises RolloutFailed for prompts that cannot be continued.
+        version: of the weights now loaded. progress(done, total) is called when requests finish. A response depends on neither
+        the slots nor its neighbours. Raises RolloutFailed for prompts that cannot be continued.
         """
         self.model.eval()
-        start, counters = time.perf_counter(), EngineCounters(responses=len(prompts))
-        canvas = Canvas(prompts, seeds, decoder, self.spec, self.model.device)
+        start, counters = time.perf_counter(), EngineCounters(responses=len(requests))
+        canvas = Canvas(requests, slots or len(requests), decoder, self.spec, self.model.device)
         cache = self._cache(canvas)
         finished: list[dict[str, np.ndarray]] = []
         while len(canvas):
@@ -78,13 +77,13 @@ class Engine:
             done = canvas.advance()
             if done.any():
                 finished.extend(_harvest(canvas, done))
-                remaining = (~done).nonzero().squeeze(1)
-                canvas.take(remaining)
-                cache.keep(remaining)
+                kept = canvas.release(done)
+                if kept is not None:
+                    cache.keep(kept)
                 if progress is not None:
-                    progress(len(finished), len(prompts))
+                    progress(len(finished), len(requests))
         finished.sort(key=lambda slot: slot["request"])
-        trajectories = record(finished, uids, samples, seeds, decoder, self.spec, version)
+        trajectories = record(finished, requests, decoder, self.spec, version)
         counters.tokens = int(trajectories.columns["valid_len"].sum())
         counters.seconds = time.perf_counter() - start
         return trajectories, counters
@@ -148,6 +147,7 @@ def _lay_out(values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 def _harvest(canvas: Canvas, done: torch.Tensor) -> list[dict[str, np.ndarray]]:
     """Copies of the finished slots, on the host."""
     rows = done.nonzero().squeeze(1)
-    columns = {"request": canvas.request, "ids": canvas.ids, "end": canvas.end, "prompt_len": canvas.prompt_len}
+    columns = {"request": canvas.request, "ids": canvas.ids, "prompt_len": canvas.prompt_len}
+    columns |= {"limit": canvas.limit, "end": canvas.end}
     host = {k: v[rows].cpu().numpy() for k, v in (columns | canvas.trace).items()}
     return [{k: v[i] for k, v in host.items()} for i in range(len(rows))]

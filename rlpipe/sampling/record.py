@@ -9,26 +9,25 @@ import numpy as np
 
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.request import Request
 from rlpipe.trajectory import COMMIT, EventLog, Trajectories, Trajectory
 
 
 def record(
     finished: Sequence[dict[str, np.ndarray]],
-    uids: Sequence[str],
-    samples: Sequence[int],
-    seeds: Sequence[int],
+    requests: Sequence[Request],
     decoder: Decoder,
     spec: DiffusionSpec,
     version: int,
 ) -> Trajectories:
-    """finished: one dict a request, in request order: ids and trace columns [W], prompt_len, end."""
+    """finished: one dict a request, in request order: ids and trace columns [W], prompt_len, limit, end."""
     settings = decoder.settings()
     return Trajectories.of(
-        _trajectory(slot, uids[i], samples[i], seeds[i], decoder, settings, spec, version) for i, slot in enumerate(finished)
+        _trajectory(slot, request, settings, spec, version) for slot, request in zip(finished, requests, strict=True)
     )
 
 
-def _trajectory(slot: dict[str, Any], uid, sample, seed, decoder, settings, spec, version) -> Trajectory:
+def _trajectory(slot: dict[str, Any], request: Request, settings: dict, spec: DiffusionSpec, version: int) -> Trajectory:
     prompt_len, end = int(slot["prompt_len"]), int(slot["end"])
     response = slot["ids"][prompt_len:end].astype(np.int32)
     step = slot["step"][prompt_len:end]
@@ -36,13 +35,13 @@ def _trajectory(slot: dict[str, Any], uid, sample, seed, decoder, settings, spec
         last = prompt_len + int(np.flatnonzero(step)[-1])
         kept = (last // spec.block_size + 1) * spec.block_size - prompt_len
         response, step = response[:kept], step[:kept]
-    valid_len, stop = _valid(response, step, decoder.max_tokens, spec.eos_token_ids)
+    valid_len, stop = _valid(response, step, int(slot["limit"]) - prompt_len, spec.eos_token_ids)
     first_block = prompt_len // spec.block_size if spec.block_size else 0
     last_block = (prompt_len + len(response) - 1) // spec.block_size if spec.block_size else 0
     return Trajectory(
-        uid=uid,
-        sample=int(sample),
-        seed=int(seed),
+        uid=request.uid,
+        sample=request.sample,
+        seed=request.seed,
         prompt_ids=slot["ids"][:prompt_len].astype(np.int32),
         response_ids=response,
         valid_len=valid_len,
