@@ -42,19 +42,28 @@ class DataConfig:
 
 @dataclass
 class DecoderConfig:
-    """scheduler · cache · score · select · stop: one sampler, as data."""
+    """One sampler as data: schedule · score · select · edit · cache · stop; a named one is rlpipe.decoder_presets' NAME."""
 
+    preset: str = ""  # a named decoder: it sets all keys but max_tokens, temperature, top_p, top_k; keys beside it win
     max_tokens: int = 16  # response tokens
     block_size: int = 0  # commits stay inside one block of the absolute grid; 0: the model's block, or one canvas
-    select: str = (
-        "static"  # static | threshold | factor | entropy_bounded | local_leap | hierarchical | block_adaptive | doubling
-    )
-    options: dict[str, Any] = field(default_factory=dict)  # numbers of the selector, e.g. {gamma: 0.35} for entropy_bounded
-    eos_gamma: float = 1.0  # EOSER: the score of a drawn EOS starts at this share and rises to all of it; 1 switches it off
-    tokens_per_step: int = 1
+    schedule: str = "tokens"  # tokens | even | dream | doubling | linear | cosine | pow | log | exp: commits of each step
+    tokens_per_step: int = 1  # of schedule tokens
+    steps: int = 0  # of a block, for the other schedules; 0: their default
+    select: str = "static"  # which positions commit: see rlpipe.sampling.selection
     threshold: float = 0.9
     score: str = "max_prob"  # state-only: max_prob | entropy | margin | random | left_to_right; sampled_prob: as published
+    confidence: str = "model"  # the distribution that scores are taken from: model (temperature 1) | sampler
+    order_temperature: float = 0.0  # above 0: positions are drawn by score (Dream's alg_temp)
+    eos_gamma: float = 1.0  # EOSER: the score of a drawn EOS starts at this share and rises to all of it; 1 switches it off
+    fuse: str = "none"  # none | credit: logits are fused with what earlier steps said
+    cache: str = "auto"  # auto: exact | none | block | prefix | dual | vicinity | every | dkv_decode | dkv_greedy
+    edit: str = "none"  # none | rcr | wino | remdm: committed tokens can be taken back (an editor brings its own selector)
+    stop: str = "auto"  # auto | block | prefix | eotp | length: what EOS ends
+    options: dict[str, Any] = field(default_factory=dict)  # numbers of any of these pieces, e.g. {gamma: 0.35}
     temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
 
 
 @dataclass

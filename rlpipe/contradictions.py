@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from rlpipe.config import DecoderConfig, RunConfig
+from rlpipe.decoder_presets import preset_settings
 from rlpipe.errors import ConfigError, ModelError
 from rlpipe.schema import flat, keys
 
 TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "rollout.decoder.schedule": ("tokens", "even", "dream", "doubling", "linear", "cosine", "pow", "log", "exp"),
     "rollout.decoder.select": (
-        "static",
-        "threshold",
-        "factor",
-        "entropy_bounded",
-        "local_leap",
-        "hierarchical",
-        "block_adaptive",
-        "doubling",
+        "static", "threshold", "factor", "entropy_bounded", "local_leap", "hierarchical", "block_adaptive", "bernoulli",
+        "prophet", "stable",
     ),
     "rollout.decoder.score": ("max_prob", "entropy", "margin", "random", "left_to_right", "sampled_prob"),
+    "rollout.decoder.confidence": ("model", "sampler"),
+    "rollout.decoder.fuse": ("none", "credit"),
+    "rollout.decoder.cache": ("auto", "none", "block", "prefix", "dual", "vicinity", "every", "dkv_decode", "dkv_greedy"),
+    "rollout.decoder.edit": ("none", "rcr", "wino", "remdm"),
+    "rollout.decoder.stop": ("auto", "block", "prefix", "eotp", "length"),
     "algo.preset": ("tracerl", "random_mask"),
     "algo.advantage": ("zscore", "mean", "leave_one_out"),
     "algo.kl_estimator": ("k1", "k2", "k3"),
@@ -36,7 +37,7 @@ CHOICES = {
     "algo.groups": ("keep", "drop", "refill"),
     "learner.lr_schedule": ("constant", "linear", "cosine"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
-}
+}  # fmt: skip
 ABOVE_ZERO = (
     "model.layers", "model.width", "model.heads", "model.mlp", "warm_start.batch_size", "warm_start.lr", "steps",
     "rollout.workers", "rollout.threads", "rollout.batch_size", "rollout.timeout_s", "rollout.decoder.max_tokens",
@@ -73,6 +74,9 @@ def check(cfg: RunConfig) -> list[str]:
     return _warnings(cfg)
 
 
+PIECES = ("schedule", "select", "score", "confidence", "fuse", "cache", "edit", "stop")
+
+
 def decoder_of_eval(cfg: RunConfig) -> DecoderConfig:
     """The second decoder of evaluations: the rollout's own with the changes of `eval.decoder`. Raises ConfigError for a
     setting that decoders do not have, or of another type."""
@@ -87,8 +91,13 @@ def decoder_of_eval(cfg: RunConfig) -> DecoderConfig:
         if type(value) is not wanted:
             raise ConfigError(f"eval.decoder.{key}={value!r}: expected {keys()[f'rollout.decoder.{key}']}")
         changes[key] = value
+    if changes.get("preset"):
+        named = preset_settings(changes["preset"])
+        changes = named | changes | {"options": named["options"] | changes.get("options", {})}
+    elif any(changes[piece] != getattr(cfg.rollout.decoder, piece) for piece in PIECES if piece in changes):
+        changes.setdefault("options", {})  # they are numbers of pieces, and these are others
     decoder = dataclasses.replace(cfg.rollout.decoder, **changes)
-    for key in ("select", "score"):
+    for key in PIECES:
         _check_choice(f"eval.decoder.{key}", getattr(decoder, key), CHOICES[f"rollout.decoder.{key}"])
     return decoder
 
@@ -195,6 +204,8 @@ def _check_decoder(name: str, decoder: DecoderConfig, cfg: RunConfig) -> None:
         raise ConfigError(f"{name}.temperature={decoder.temperature} must be a number of at least 0 (0: greedy)")
     if min(decoder.max_tokens, decoder.tokens_per_step) < 1 or decoder.block_size < 0:
         raise ConfigError(f"{name}: max_tokens and tokens_per_step must be at least 1, block_size at least 0")
+    if not 0 < decoder.top_p <= 1 or decoder.top_k < 0:
+        raise ConfigError(f"{name}: top_p must be above 0 and at most 1, top_k at least 0 (0: off)")
     grid = block_size(cfg)
     if grid and decoder.block_size not in (0, grid):
         raise ConfigError(

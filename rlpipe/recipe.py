@@ -13,6 +13,7 @@ from typing import Any
 from rlpipe import schema
 from rlpipe.config import RunConfig
 from rlpipe.contradictions import check, decoder_of_eval
+from rlpipe.decoder_presets import preset_settings
 from rlpipe.errors import ConfigError
 from rlpipe.schema import flat, flatten
 
@@ -176,6 +177,8 @@ def _merge(cfg: Any, layer: _Layer) -> Any:
         OmegaConf.update(layer.tree, key, {})  # a section with every line commented out
     if said.get("data.task", cfg.data.task) != cfg.data.task:  # options belong to a task: another one's would be refused
         OmegaConf.update(cfg, "data.options", {}, merge=False)
+    if said.get("rollout.decoder.preset"):
+        _expand_preset(cfg, layer)
     try:
         return OmegaConf.merge(cfg, layer.tree)
     except OmegaConfBaseException as error:
@@ -184,6 +187,19 @@ def _merge(cfg: Any, layer: _Layer) -> Any:
         expected = f"expected {about}" if about else str(error).splitlines()[0]
         value = said.get(key)
         raise ConfigError(f"{layer.place(key)}: {key}={value!r} ({type(value).__name__}): {expected}") from error
+
+
+def _expand_preset(cfg: Any, layer: _Layer) -> None:
+    """A named decoder lies over what earlier layers say and under what this one says beside it."""
+    from omegaconf import OmegaConf
+
+    given = layer.tree.rollout.decoder
+    try:
+        settings = preset_settings(str(given.preset))
+    except ConfigError as error:
+        raise ConfigError(f"{layer.place('rollout.decoder.preset')}: {error}") from error
+    OmegaConf.update(cfg, "rollout.decoder.options", {}, merge=False)
+    layer.tree.rollout.decoder = OmegaConf.merge(settings, given)
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from rlpipe.errors import NoStepMap
 
-COMMIT, REMASK, EDIT = 0, 1, 2  # kinds of event
+COMMIT, REMASK, EDIT, PRESET = 0, 1, 2, 3  # kinds of event
 STOP_REASONS = ("eos", "length")
 
 
@@ -44,8 +44,9 @@ class EventLog:
     """What happened to the canvas, in order of time; E events, response-relative positions.
 
     step int32[E] (0-based denoising step) · position int32[E] · token int32[E] (new token; MASK for a remask) ·
-    kind int8[E] (COMMIT, REMASK, EDIT) · logp float32[E] under the sampling distribution · logp_t1 float32[E] at temperature
-    1, unfiltered · confidence float32[E] (probability of the token at temperature 1) · forced bool[E] (no candidate passed
+    kind int8[E] (COMMIT, REMASK, EDIT; PRESET: put there by a rule, not drawn, at step -1 if before the first) ·
+    logp float32[E] under the sampling distribution · logp_t1 float32[E] at temperature 1, unfiltered ·
+    confidence float32[E] (probability of the token at temperature 1) · forced bool[E] (no candidate passed
     the selector's test; this one was taken so that the step makes progress).
     """
 
@@ -105,17 +106,23 @@ class Trajectory:
         return int(self.versions.min())
 
     def loss_mask(self) -> np.ndarray:
-        """bool[L]: tokens that count (valid and committed)."""
+        """bool[L]: tokens that count (valid, committed, drawn)."""
         mask = np.arange(self.response_len) < self.valid_len
-        return mask & (self.step_map() > 0)
+        return mask & (self.step_map() > 0) & ~self.preset()
+
+    def preset(self) -> np.ndarray:
+        """bool[L]: tokens that a rule put there (structure priors, the tail behind EOS); they are shown and never scored."""
+        mask = np.zeros(self.response_len, bool)
+        mask[self.events.position[self.events.kind == PRESET]] = True
+        return mask
 
     def is_monotone(self) -> bool:
-        """True if every event is a commit and no position has two."""
+        """True if every event is a commit or a preset and no position has two."""
         log = self.events
-        return bool((log.kind == COMMIT).all()) and len(np.unique(log.position)) == len(log)
+        return bool(np.isin(log.kind, (COMMIT, PRESET)).all()) and len(np.unique(log.position)) == len(log)
 
     def step_map(self) -> np.ndarray:
-        """int32[L]: 1-based denoising step at which each token was committed; 0 where none ever was.
+        """int32[L]: 1-based denoising step at which each token was committed; 0 where none ever was, or fixed beforehand.
 
         Raises NoStepMap if a token was re-masked or edited: then only the event log describes the rollout.
         """

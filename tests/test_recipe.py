@@ -186,7 +186,12 @@ def test_enumerations_are_those_of_the_code():
     from rlpipe.objectives.losses import KL_ESTIMATORS
     from rlpipe.objectives.objective import PRESETS
     from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS
-    from rlpipe.sampling.selection import SCORERS
+    from rlpipe.sampling.caching import CACHES
+    from rlpipe.sampling.decoder import FUSIONS, STOPS
+    from rlpipe.sampling.editing import EDITORS
+    from rlpipe.sampling.schedule import SCHEDULES
+    from rlpipe.sampling.scoring import SCORERS
+    from rlpipe.sampling.selection import SELECTORS
 
     assert set(CHOICES["model.dtype"]) == set(DTYPES)
     assert set(CHOICES["algo.preset"]) == set(PRESETS)
@@ -195,6 +200,12 @@ def test_enumerations_are_those_of_the_code():
     assert set(CHOICES["algo.normalizer"]) == set(NORMALIZERS)
     assert set(CHOICES["algo.kl_normalizer"]) == {"", *KL_NORMALIZERS}
     assert set(CHOICES["rollout.decoder.score"]) == set(SCORERS)
+    assert CHOICES["rollout.decoder.schedule"] == SCHEDULES
+    assert set(CHOICES["rollout.decoder.select"]) == set(SELECTORS)
+    assert set(CHOICES["rollout.decoder.fuse"]) == {"none", *FUSIONS}
+    assert set(CHOICES["rollout.decoder.cache"]) == {"auto", *CACHES}
+    assert set(CHOICES["rollout.decoder.edit"]) == {"none", *EDITORS}
+    assert CHOICES["rollout.decoder.stop"] == STOPS
     assert {kind: TINY_BLOCK_SIZE * (a == "block") for kind, a in KINDS.items()} == contradictions.TINY_BLOCK_SIZE
 
 

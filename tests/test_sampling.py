@@ -9,7 +9,7 @@ from rlpipe.config import DecoderConfig
 from rlpipe.errors import ConfigError, RolloutFailed
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.noise import sample_seed, uniform
-from rlpipe.sampling.selection import SCORERS
+from rlpipe.sampling.scoring import SCORERS
 from rlpipe.sampling.statistics import inverse_cdf, row_statistics
 
 KINDS = ("block", "full")
@@ -161,7 +161,7 @@ def test_contradictions_are_refused():
     model, tokenizer = tiny("block")
     with pytest.raises(ConfigError, match="blocks of 4"):
         Decoder.resolve(DecoderConfig(block_size=8), model.spec)
-    with pytest.raises(ConfigError, match="known scores"):
+    with pytest.raises(ConfigError, match="decoder.score=best: known are"):
         Decoder.resolve(DecoderConfig(score="best"), model.spec)
     with pytest.raises(RolloutFailed, match="MASK"):
         sample(model, [np.array([model.spec.mask_token_id], np.int32)])

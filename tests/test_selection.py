@@ -12,28 +12,47 @@ from rlpipe.config import DecoderConfig
 from rlpipe.errors import ConfigError
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.schedule import Doubling, Even, MaskGit, PerStep, TimeGrid
+from rlpipe.sampling.scoring import StepView, shuffled
 from rlpipe.sampling.selection import (
     SELECTORS,
+    Bernoulli,
     BlockAdaptive,
-    Doubling,
     EntropyBounded,
     Factor,
     Hierarchical,
     LocalLeap,
+    Prophet,
+    Stable,
     Static,
-    StepView,
     Threshold,
+    WideIn,
 )  # fmt: skip
 from rlpipe.sampling.statistics import RowStatistics
 
 
-def view(score, masked=None, entropy=None, block_step=0, settled=math.nan) -> StepView:
+def view(
+    score, masked=None, entropy=None, time=0, settled=math.nan, quota=1, schedule=None, second=None, stable=0, noise=None
+) -> StepView:
     score = torch.tensor(score, dtype=torch.float32)
     masked = torch.ones_like(score, dtype=torch.bool) if masked is None else torch.tensor(masked).bool()
     entropy = torch.zeros_like(score) if entropy is None else torch.tensor(entropy, dtype=torch.float32)
-    statistics = RowStatistics(*[score] * 6, entropy)
-    slots = len(score)
-    return StepView(score, masked, statistics, torch.full((slots,), block_step), torch.full((slots,), float(settled)))
+    second = score if second is None else torch.tensor(second, dtype=torch.float32)
+    statistics = RowStatistics(*[score] * 5, second, entropy)
+    every = lambda value: torch.full((len(score),), value)  # noqa: E731
+    return StepView(
+        score=score,
+        masked=masked,
+        statistics=statistics,
+        noise=torch.zeros(score.shape, dtype=torch.float64) if noise is None else torch.tensor(noise, dtype=torch.float64),
+        quota=every(quota),
+        time=every(time),
+        opened=masked.sum(1),
+        length=every(score.shape[1]),
+        schedule=schedule or PerStep(quota),
+        settled=every(float(settled)),
+        stable=torch.full(score.shape, stable),
+    )
 
 
 def chosen(selector, step: StepView) -> tuple[list, list]:
@@ -45,11 +64,14 @@ def chosen(selector, step: StepView) -> tuple[list, list]:
 
 def test_ties_go_to_the_lowest_position():
     step = view([[0.5, 0.9, 0.9, 0.9], [0.1, 0.2, 0.3, 0.4]], [[1, 0, 1, 1], [1, 1, 1, 0]])
-    assert chosen(Static(1), step)[0] == [[0, 0, 1, 0], [0, 0, 1, 0]]
+    assert chosen(Static(), step)[0] == [[0, 0, 1, 0], [0, 0, 1, 0]]
     assert chosen(Threshold(0.9), step) == ([[0, 0, 1, 1], [0, 0, 1, 0]], [[0] * 4, [0, 0, 1, 0]])
-    assert chosen(Threshold(0.3, 2), step) == ([[1, 0, 1, 1], [0, 1, 1, 0]], [[0] * 4, [0, 1, 0, 0]])
-    assert chosen(Static(9), step)[0] == [[1, 0, 1, 1], [1, 1, 1, 0]]
-    assert chosen(Static(1), view([[0.5, 0.6]], [[0, 0]]))[0] == [[0, 0]]
+    step = view([[0.5, 0.9, 0.9, 0.9], [0.1, 0.2, 0.3, 0.4]], [[1, 0, 1, 1], [1, 1, 1, 0]], quota=2)
+    assert chosen(Threshold(0.3), step) == ([[1, 0, 1, 1], [0, 1, 1, 0]], [[0] * 4, [0, 1, 0, 0]])
+    assert chosen(Threshold(0.3, enough=1), step)[0] == [[1, 0, 1, 1], [0, 0, 1, 0]], "one that passes is enough"
+    assert chosen(Threshold(0.95, enough=1), step)[0] == [[0, 0, 1, 1], [0, 1, 1, 0]], "none passes: the schedule's share"
+    assert chosen(Static(), step._replace(quota=torch.tensor([9, 9])))[0] == [[1, 0, 1, 1], [1, 1, 1, 0]]
+    assert chosen(Static(), view([[0.5, 0.6]], [[0, 0]]))[0] == [[0, 0]]
 
 
 def test_threshold_is_the_reference_with_its_fallback():
@@ -57,12 +79,12 @@ def test_threshold_is_the_reference_with_its_fallback():
     logits = torch.tensor([[2.0, 0, 0], [5, 0, 0], [0, 1, 0.9], [0, 0, 3]])
     score = [logits.softmax(-1).amax(-1).tolist()]
     masked = [[1, 1, 1, 0]]
-    assert chosen(Static(2), view(score, masked))[0] == [[1, 1, 0, 0]]
+    assert chosen(Static(), view(score, masked, quota=2))[0] == [[1, 1, 0, 0]]
     assert chosen(Threshold(0.9), view(score, masked)) == ([[0, 1, 0, 0]], [[0, 0, 0, 0]])
     assert chosen(Threshold(0.995), view(score, masked)) == ([[0, 1, 0, 0]], [[0, 1, 0, 0]])
     negative_entropy = -torch.distributions.Categorical(logits=logits).entropy()
     # The reference's neg_entropy has the wrong sign and takes the least certain position; ours is the meant one.
-    assert chosen(Static(2), view([negative_entropy.tolist()], masked))[0] == [[1, 1, 0, 0]]
+    assert chosen(Static(), view([negative_entropy.tolist()], masked, quota=2))[0] == [[1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -127,12 +149,95 @@ def test_block_adaptive_follows_what_the_block_has_settled():
     "length, commits", [(64, [1, 2, 4, 8, 16, 33]), (128, [1, 2, 4, 8, 16, 32, 65]), (200, [1, 2, 4, 8, 16, 32, 137])]
 )
 def test_doubling_is_the_published_schedule(length, commits):
-    masked, counts = torch.ones(1, length, dtype=torch.bool), []
-    while masked.any():
-        commit, _ = Doubling()(view(torch.rand(1, length).tolist(), masked.tolist(), block_step=len(counts)))
-        counts.append(int(commit.sum()))
-        masked &= ~commit
-    assert counts == commits
+    assert shares(Doubling(), length) == commits
+
+
+def shares(schedule, opened: int) -> list[int]:
+    """Commits of the steps of a block with so many masks, until it is full."""
+    masked, counts = opened, []
+    while masked > 0:
+        count = schedule.commits(torch.tensor([opened]), torch.tensor([masked]), torch.tensor([len(counts)])).item()
+        counts.append(min(count, masked))
+        masked -= counts[-1]
+        left = schedule.left(torch.tensor([opened]), torch.tensor([len(counts) - 1])).item()
+        assert isinstance(schedule, TimeGrid) or left == masked
+    assert schedule.last(torch.tensor([opened]), torch.tensor([len(counts) - 1])) or isinstance(schedule, Even)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "schedule, opened, counts",
+    [
+        (Even(4), 10, [3, 3, 2, 2]),  # LLaDA and EOSER-ASS-RL
+        (Even(4), 6, [2, 2, 1, 1]),  # TraceRL's LLaDA sampler; its second vector ends in three empty steps, which we leave out
+        (Even(4), 1, [1]),
+        (Even(5), 32, [7, 7, 6, 6, 6]),
+        (MaskGit("linear", 4), 10, [3, 2, 3, 2]),  # MDPO: other rounding than LLaDA's
+        (MaskGit("cosine", 4), 32, [3, 7, 10, 12]),
+        (MaskGit("pow", 8), 32, [1, 1, 3, 3, 5, 5, 7, 7]),
+        (MaskGit("log", 5), 32, [18, 6, 4, 2, 2]),
+        (MaskGit("exp", 5), 32, [2, 2, 4, 9, 15]),
+        (PerStep(3), 8, [3, 3, 2]),
+    ],
+)
+def test_schedules_are_the_published_ones(schedule, opened, counts):
+    assert shares(schedule, opened) == counts
+
+
+def test_the_time_grid_is_dreams_and_passes_over_its_empty_steps():
+    """Reference: n · (1 - s / t) rounded down on t = linspace(1, 1e-3, steps + 1), everything at the last step."""
+    for masks, steps in ((20, 20), (7, 20), (64, 8), (512, 512)):
+        grid, left, reference = np.linspace(1, 1e-3, steps + 1), masks, []
+        for i in range(steps):
+            count = left if i == steps - 1 else int(left * (1 - grid[i + 1] / grid[i]))
+            left -= count
+            reference.append((i, count))
+        schedule, time, left, ours = TimeGrid(steps), torch.tensor([0]), masks, []
+        while left:
+            time = schedule.useful(torch.tensor([left]), time)
+            ours.append((time.item(), schedule.commits(None, torch.tensor([left]), time).item()))
+            left, time = left - ours[-1][1], time + 1
+        assert ours == [(i, count) for i, count in reference if count]
+
+
+def test_bernoulli_commits_with_the_grids_probability():
+    schedule = TimeGrid(4)
+    noise = [[(i + 0.5) / 1000 for i in range(1000)]]
+    for time, share in ((0, 0.24975), (1, 0.3329), (3, 1.0)):
+        commit, forced = Bernoulli()(view([[0.5] * 1000], time=time, schedule=schedule, noise=noise))
+        assert commit.float().mean().item() == pytest.approx(share, abs=1e-3) and not forced.any()
+
+
+def test_prophet_commits_all_once_the_answer_is_clear():
+    score, schedule = [[0.3, 0.4, 0.6, 0.7]], PerStep(1)
+    sure = [[0.3, 0.4, 0.6 * math.exp(-6), 0.7 * math.exp(-6)]]  # a gap of 6 at the last two positions
+    ask = Prophet(answer_from=-2, answer_len=2)
+    assert chosen(ask, view(score, second=sure, schedule=schedule))[0] == [[0, 0, 0, 1]]  # early: 7.5 is asked for
+    assert chosen(ask, view(score, second=sure, time=2, schedule=schedule))[0] == [[1, 1, 1, 1]]  # middle third: 5
+    assert chosen(Prophet(0, 2), view(score, second=sure, time=2, schedule=schedule))[0] == [[0, 0, 0, 1]]
+    nothing_left = view(score, [[1, 1, 0, 0]], second=sure, time=3, schedule=schedule)
+    assert chosen(ask, nothing_left)[0] == [[0, 1, 0, 0]], "a window without masks says nothing"
+
+
+def test_stable_wants_confidence_that_lasts():
+    score = [[0.95, 0.92, 0.5]]
+    assert chosen(Stable(), view(score, stable=2))[0] == [[1, 1, 0]]
+    assert chosen(Stable(), view(score, stable=1)) == ([[1, 0, 0]], [[1, 0, 0]])
+
+
+def test_wide_in_is_bounded():
+    assert chosen(WideIn(), view([[0.7] * 10 + [0.1] * 10]))[0] == [[1] * 10 + [0] * 10]
+    assert sum(chosen(WideIn(), view([[0.7] * 60]))[0][0]) == 20
+    assert sum(chosen(WideIn(), view([[0.7] * 8]))[0][0]) == 5
+    assert chosen(WideIn(), view([[0.3, 0.5]])) == ([[0, 1]], [[0, 1]])
+
+
+def test_order_temperature_draws_positions_by_score():
+    """The top one of score + Gumbel · T follows softmax(score / T)."""
+    noise = torch.rand(20_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first = shuffled(torch.tensor([[0.1, 0.4, 0.7]]), noise, 0.3).argmax(1)
+    share = torch.bincount(first, minlength=3) / len(first)
+    assert share.tolist() == pytest.approx(torch.softmax(torch.tensor([0.1, 0.4, 0.7]) / 0.3, 0).tolist(), abs=0.01)
 
 
 SPEC = DiffusionSpec(mask_token_id=9, eos_token_ids=(1,), attention="full", block_size=0)
@@ -140,21 +245,21 @@ SPEC = DiffusionSpec(mask_token_id=9, eos_token_ids=(1,), attention="full", bloc
 
 @pytest.mark.parametrize("gamma, values", [(0.4, [0.348019, 0.571746, 0.870049]), (0.01, [0.008700, 0.377850, 0.870049])])
 def test_eoser_is_the_published_factor(gamma, values):
-    decoder = Decoder.resolve(DecoderConfig(eos_gamma=gamma), SPEC)
+    decoder = Decoder.resolve(DecoderConfig(eos_gamma=gamma, schedule="even", steps=8), SPEC)
     logits = torch.tensor([[2.0, 0, 1, -1], [0, 3, 0, 0], [1, 1, 1, 2]])
     score = torch.zeros(1, 8)
     score[0, :3] = logits.softmax(-1)[range(3), [0, 1, 3]]
     is_eos = torch.tensor([[False, True, False] + [False] * 5])
     for step, value in zip((0, 3, 7), values, strict=True):
-        weighed = decoder.weigh_eos(score, is_eos, torch.tensor([step]))[0, :3].tolist()
+        weighed = decoder.weigh_eos(score, is_eos, torch.tensor([8]), torch.tensor([step]))[0, :3].tolist()
         assert weighed == pytest.approx([0.643914, value, 0.475367], abs=1e-5)
     assert not decoder.state_only
 
 
 def test_eoser_with_doubling():
-    decoder = Decoder.resolve(DecoderConfig(select="doubling", eos_gamma=0.01), SPEC)
+    decoder = Decoder.resolve(DecoderConfig(schedule="doubling", eos_gamma=0.01), SPEC)
     one, eos = torch.ones(1, 128), torch.ones(1, 128, dtype=torch.bool)
-    factors = [decoder.weigh_eos(one, eos, torch.tensor([i]))[0, 0].item() for i in range(7)]
+    factors = [decoder.weigh_eos(one, eos, torch.tensor([128]), torch.tensor([i]))[0, 0].item() for i in range(7)]
     assert factors == pytest.approx([0.0177, 0.0332, 0.0641, 0.1260, 0.2498, 0.4973, 0.9923], abs=1e-4)
 
 
@@ -176,7 +281,8 @@ def test_decoders_that_make_no_sense_are_refused(config, message):
 def test_every_selector_samples_batch_independently_and_replays(kind, select):
     model, tokenizer = tiny(kind)
     tokens = prompts(tokenizer, 6)
-    gamma = {"eos_gamma": 0.2} if select in ("static", "doubling") else {}
+    gamma = {"eos_gamma": 0.2} if select == "static" else {}
+    gamma |= {"schedule": "dream", "steps": 9} if select == "bernoulli" else {}
     together, _ = sample(model, tokens, max_tokens=13, select=select, threshold=0.4, **gamma)
     assert together[0].decoder["selector"] is not None
     for i in (0, 5):

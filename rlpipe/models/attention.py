@@ -80,9 +80,9 @@ class DensePlan:
 class SlotCache:
     """Key and value storage of the rollout: one slot a request, every position of its canvas.
 
-    Rows of a step are packed: T rows of n slots in one sequence. They write their keys and values at (slot, position) and
-    then see all positions of their slot below their own `key_len`. All rows of a step are written before any attends, so a
-    clean block and the masked block behind it can share a forward (the fused commit) and the clean one never sees the other.
+    Rows of a step are packed: T rows of n slots in one sequence. They write their keys and values at (slot, store) and then see
+    all positions of their slot below their own `key_len`. All rows of a step are written before any attends, so a clean block
+    and the masked block behind it can share a forward (the fused commit) and the clean one never sees the other.
     """
 
     def __init__(self, *, slots: int, positions: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device):
@@ -99,37 +99,85 @@ class SlotCache:
         self.keys = [k[slots] for k in self.keys]
         self.values = [v[slots] for v in self.values]
 
-    def plan(self, slot: torch.Tensor, position: torch.Tensor, key_len: torch.Tensor, num_slots: int) -> SlotPlan:
-        """slot, position, key_len: int64 [T], rows grouped by slot in ascending order."""
-        return SlotPlan(self, slot, position, key_len, num_slots)
+    def copy_prefix(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Give slots `target` int64 [k] the first `length` positions of slots `source` int64 [k]: a prompt prefilled once."""
+        for store in (*self.keys, *self.values):
+            store[target, :length] = store[source, :length]
+
+    def plan(
+        self,
+        slot: torch.Tensor,
+        store: torch.Tensor,
+        key_len: torch.Tensor,
+        num_slots: int,
+        hidden: torch.Tensor | None = None,
+    ) -> SlotPlan:
+        """slot, store, key_len int64 [T], rows grouped by slot in ascending order. hidden int64 [T]: a position that the row
+        must not see, -1 for none; such a row is stored behind the canvas and sees itself there."""
+        return SlotPlan(self, slot, store, key_len, num_slots, hidden)
 
 
 class SlotPlan:
-    """One step over a `SlotCache`; see there."""
+    """One step over a `SlotCache`; see there. Slots with many more rows than the others (prefill, refresh) get a call of their
+    own, so that the others are not padded to their length."""
 
-    def __init__(self, cache: SlotCache, slot, position, key_len, num_slots: int):
-        self.cache, self.slot, self.position = cache, slot, position
+    def __init__(self, cache: SlotCache, slot, store, key_len, num_slots: int, hidden=None):
+        self.cache, self.slot, self.store = cache, slot, store
         counts = torch.bincount(slot, minlength=num_slots)
-        width = int(counts.max())
         start = counts.cumsum(0) - counts
-        inside = torch.arange(width, device=slot.device)
-        # Slots with fewer rows repeat their first row as filler: valid attention, thrown away afterwards.
-        self.gather = start.unsqueeze(1) + torch.where(inside < counts.unsqueeze(1), inside, 0)
-        self.back = slot * width + (torch.arange(len(slot), device=slot.device) - start[slot])
-        self.num_keys = int(key_len.max())
-        keys = torch.arange(self.num_keys, device=slot.device)
-        self.mask = (keys < key_len[self.gather].unsqueeze(-1)).unsqueeze(1)
+        narrow = _narrow_width(counts.tolist())
+        wide = (counts > narrow).nonzero().squeeze(1)
+        rank = torch.arange(len(slot), device=slot.device) - start[slot]
+        self.parts = [_Part(None, counts, start, narrow, key_len, store, hidden)]
+        back = slot * narrow + rank
+        if len(wide):
+            self.parts.append(_Part(wide, counts[wide], start[wide], int(counts.max()), key_len, store, hidden))
+            place = torch.zeros_like(counts)
+            place[wide] = torch.arange(len(wide), device=slot.device)
+            beyond = num_slots * narrow + place[slot] * self.parts[1].width + rank
+            back = torch.where(counts[slot] > narrow, beyond, back)
+        self.back = back
 
     def attend(self, layer, query, key, value, scaling):
-        slots = self.gather.shape[0]
         layer %= len(self.cache.keys)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slot, self.position] = key[0].transpose(0, 1)
-        values[self.slot, self.position] = value[0].transpose(0, 1)
-        keys, values = keys[:slots, : self.num_keys], values[:slots, : self.num_keys]
-        padded = query[0].transpose(0, 1)[self.gather]
-        out = _sdpa(padded.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scaling)
-        return out.flatten(0, 1)[self.back].unsqueeze(0)
+        keys[self.slot, self.store] = key[0].transpose(0, 1)
+        values[self.slot, self.store] = value[0].transpose(0, 1)
+        rows = query[0].transpose(0, 1)
+        outs = [part.attend(rows, keys, values, scaling) for part in self.parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out[self.back].unsqueeze(0)
+
+
+def _narrow_width(counts: list[int]) -> int:
+    """The row count up to which slots share a padded call; it minimises the rows computed, those above padded by themselves."""
+    most, slots = max(counts), len(counts)
+    if min(counts) == most:
+        return most
+    return min(sorted(set(counts) - {0}), key=lambda width: slots * width + sum(c > width for c in counts) * most)
+
+
+class _Part:
+    """The rows of some slots (None: of all), padded to `width` a slot with repetitions that are thrown away afterwards."""
+
+    def __init__(self, slots, counts, start, width: int, key_len, store, hidden):
+        self.slots, self.width = slots, width
+        inside = torch.arange(width, device=counts.device)
+        taken = torch.where((inside < counts.unsqueeze(1)) & (counts <= width).unsqueeze(1), inside, 0)
+        self.gather = (start.unsqueeze(1) + taken).clamp_max(len(key_len) - 1)
+        visible = key_len[self.gather]
+        self.num_keys = int(visible.max()) if hidden is None else int(store.max()) + 1
+        keys = torch.arange(max(self.num_keys, 1), device=counts.device)
+        mask = keys < visible.unsqueeze(-1)
+        if hidden is not None:
+            mask = (mask & (keys != hidden[self.gather].unsqueeze(-1))) | (keys == store[self.gather].unsqueeze(-1))
+        self.mask = mask.unsqueeze(1)
+
+    def attend(self, rows, keys, values, scaling) -> torch.Tensor:
+        slots = slice(0, len(self.gather)) if self.slots is None else self.slots
+        keys, values = keys[slots, : self.num_keys], values[slots, : self.num_keys]
+        out = _sdpa(rows[self.gather].transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scaling)
+        return out.flatten(0, 1)
 
 
 def _sdpa(query, key, value, mask, scaling: float) -> torch.Tensor:

@@ -107,6 +107,7 @@ def plan_replay(trajectory: Trajectory, shrink: int = 1) -> Rows:
     steps, loss_mask = trajectory.step_map(), trajectory.loss_mask()
     committed = np.flatnonzero(steps)
     rank = np.full(trajectory.response_len, trajectory.response_len, np.int64)  # never committed: after every slice
+    rank[trajectory.preset() & (steps == 0)] = -1  # fixed beforehand: never masked
     rank[committed] = slice_ranks(steps[committed], response_blocks(trajectory)[committed], shrink)
     first = np.full(trajectory.response_len + 1, np.iinfo(np.int32).max, np.int32)
     np.minimum.at(first, rank[committed], steps[committed] - 1)
@@ -130,11 +131,12 @@ def random_rows(trajectory: Trajectory, rng: np.random.Generator, draws: int = 1
     log, length = trajectory.events, trajectory.response_len
     filled = np.zeros(length, bool)
     filled[log.position] = log.kind != REMASK  # events are in order of time and the last assignment wins
-    counted = filled & (np.arange(length) < trajectory.valid_len)
+    preset = trajectory.preset()
+    counted = filled & ~preset & (np.arange(length) < trajectory.valid_len)
     rows = draws if counted.any() else 0
     level = rng.uniform(low, high, (rows, length if trajectory.block_size else 1))
     scored = (rng.random((rows, length)) < level) & counted
     bare = np.flatnonzero(~scored.any(1))
     if len(bare):
         scored[bare, rng.choice(np.flatnonzero(counted), len(bare))] = True
-    return Rows(masked=scored | ~counted, scored=scored, step=np.full(rows, -1, np.int32))
+    return Rows(masked=scored | ~(counted | preset), scored=scored, step=np.full(rows, -1, np.int32))

@@ -1,15 +1,15 @@
 """The rollout engine: many requests through one packed forward a step.
 
-Block models use an exact block cache. A step forwards the rows [clean, block_end) of every slot: right after admission that
-is the prompt and the first block (the prefill), right after a block was finished it is that block with its final tokens and
-the next one (the commit, fused), otherwise the active block alone. Full-attention models forward their whole canvas, the
-same code with nothing ever clean. The LM head sees only rows whose position is still masked.
+A step asks the cache policy which positions to forward, packs them over all slots, lets the LM head see only rows whose
+position is masked and may be committed, and hands their statistics to scorer, selector and editor. Block models use an exact
+block cache: prompts are prefilled once a group and without logits, and a finished block is committed by the first step of the
+next one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -19,30 +19,39 @@ from rlpipe.models.attention import SlotCache
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.decoder import Decoder
-from rlpipe.sampling.noise import POSITION_SCORE, TOKEN, uniform
-from rlpipe.sampling.record import record
+from rlpipe.sampling.record import EditLog, record
 from rlpipe.sampling.request import Request
-from rlpipe.sampling.selection import SCORERS, StepView
-from rlpipe.sampling.statistics import RowStatistics, row_statistics
+from rlpipe.sampling.step import StepSampler
 from rlpipe.trajectory import Trajectories
 
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Work done by one `sample` call. seconds: wall clock; tokens: committed and valid; head_rows: rows of the LM head."""
+    """Work done by the engine. seconds: wall clock; tokens: committed and valid; head_rows: rows of the LM head; prefill_rows:
+    those of the rows that only fill the cache; slot_steps: slots that denoised, summed over the steps; slots: that could have,
+    summed likewise; host_syncs: values that the host waited for."""
 
     seconds: float = 0.0
     forwards: int = 0
     rows: int = 0
+    prefill_rows: int = 0
     head_rows: int = 0
     tokens: int = 0
     responses: int = 0
     cache_bytes: int = 0
+    slot_steps: int = 0
+    slots: int = 0
+    host_syncs: int = 0
 
     def __add__(self, other: EngineCounters) -> EngineCounters:
         """Work of both, the larger cache."""
         summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return EngineCounters(**summed | {"cache_bytes": max(self.cache_bytes, other.cache_bytes)})
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots that denoised, over all steps."""
+        return self.slot_steps / self.slots if self.slots else 0.0
 
 
 class Engine:
@@ -52,7 +61,10 @@ class Engine:
         self.model = model
         self.spec = model.spec
 
-    @torch.inference_mode()
+    def session(self, requests: Sequence[Request], *, decoder: Decoder, version: int, slots: int = 0) -> Session:
+        """Requests to be stepped through by the caller; see `Session`."""
+        return Session(self.model, requests, decoder, version, slots or len(requests))
+
     def sample(
         self,
         requests: Sequence[Request],
@@ -65,89 +77,139 @@ class Engine:
         """One trajectory per request, in the order given, at most `slots` of them at a time (0: all at once).
 
         version: of the weights now loaded. progress(done, total) is called when requests finish. A response depends on neither
-        the slots nor its neighbours. Raises RolloutFailed for prompts that cannot be continued.
+        the slots nor its neighbours. Raises RolloutFailed for requests that cannot be served.
         """
+        session = self.session(requests, decoder=decoder, version=version, slots=slots)
+        found: list = [None] * len(requests)
+        finished = 0
+        for indices, trajectories in session:
+            for index, trajectory in zip(indices, trajectories, strict=True):
+                found[index] = trajectory
+            finished += len(indices)
+            if progress is not None:
+                progress(finished, len(requests))
+        return Trajectories.of(found), session.counters
+
+    def cache_bytes(self, requests: Sequence[Request], decoder: Decoder) -> int:
+        """Cache of one slot that can hold the longest of the requests."""
+        longest = max(len(r.prompt_ids) + (r.max_tokens or decoder.max_tokens) for r in requests)
+        if self.spec.block_size:
+            longest = -(-longest // self.spec.block_size) * self.spec.block_size
+        shape = _cache_shape(self.model, decoder)
+        width = torch.finfo(self.model.lm.dtype).bits // 8
+        return 2 * shape["layers"] * longest * shape["kv_heads"] * shape["head_dim"] * width
+
+
+class Session:
+    """A set of requests on its way. Iterating steps the engine and yields ([index of each request], Trajectories) whenever some
+    are done. `update` loads new weights between steps."""
+
+    def __init__(self, model: DiffusionLM, requests: Sequence[Request], decoder: Decoder, version: int, slots: int):
+        self.model, self.requests, self.decoder = model, requests, decoder
+        self.counters = EngineCounters(responses=len(requests))
+        self.canvas = Canvas(requests, slots, decoder, model.spec, model.device)
+        self.canvas.version = version
+        self.slots = len(self.canvas)
+        width = decoder.block_size or self.canvas.ids.shape[1]
+        extra = width if decoder.editor is not None and decoder.editor.uses_shadow else 0
+        self.cache = SlotCache(
+            slots=self.slots, positions=self.canvas.ids.shape[1] + extra, dtype=model.lm.dtype, device=model.device,
+            **_cache_shape(model, decoder),
+        )  # fmt: skip
+        self.counters.cache_bytes = self.cache.nbytes
+        self.log = None if decoder.monotone else EditLog()
+        self.sampler = StepSampler(model, requests, decoder, self.canvas, self.cache, self.counters, self.log)
+        self.sharing = bool(model.spec.block_size) and self.canvas.wait_for_prompts()
+        self._update: tuple[Callable[[], int], bool] | None = None
+
+    def __iter__(self) -> Iterator[tuple[list[int], Trajectories]]:
+        while len(self.canvas):
+            done = self.step()
+            if done is not None:
+                yield done
+
+    def update(self, load: Callable[[], int], recompute: bool = True) -> None:
+        """Load new weights as soon as every slot stands between two blocks, so that each block is sampled with one version;
+        slots that get there first wait. load() copies in place and returns the version. recompute: stored keys and values are
+        computed again under the new weights (exact, one prefill a slot); otherwise the old ones stay, and samples begun before
+        are inexact. A whole-canvas decoder has no boundaries: it takes the weights at once, and a trajectory keeps the oldest
+        version.
+        """
+        self._update = (load, recompute)
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[int], Trajectories] | None:
+        """One forward; what it finished, if anything."""
+        start = time.perf_counter()
         self.model.eval()
-        start, counters = time.perf_counter(), EngineCounters(responses=len(requests))
-        canvas = Canvas(requests, slots or len(requests), decoder, self.spec, self.model.device)
-        cache = self._cache(canvas)
-        finished: list[dict[str, np.ndarray]] = []
-        while len(canvas):
-            self._denoise(canvas, cache, counters)
-            done = canvas.advance()
-            if done.any():
-                finished.extend(_harvest(canvas, done))
-                kept = canvas.release(done)
-                if kept is not None:
-                    cache.keep(kept)
-                if progress is not None:
-                    progress(len(finished), len(requests))
-        finished.sort(key=lambda slot: slot["request"])
-        trajectories = record(finished, requests, decoder, self.spec, version)
-        counters.tokens = int(trajectories.columns["valid_len"].sum())
-        counters.seconds = time.perf_counter() - start
-        return trajectories, counters
+        if self._update is not None:
+            self._take_update()
+        self.sampler.step()
+        done = self.canvas.advance()
+        finished = self._finish(done) if bool(done.any()) else None
+        if self.sharing:
+            self._share_prompts()
+        self.counters.host_syncs += 1
+        self.counters.slots += self.slots
+        self.counters.seconds += time.perf_counter() - start
+        return finished
 
-    def _cache(self, canvas: Canvas) -> SlotCache:
-        """Full attention keeps nothing between forwards, so one layer's storage serves all of them in turn."""
-        config = self.model.lm.config
-        return SlotCache(
-            slots=len(canvas),
-            positions=canvas.ids.shape[1],
-            layers=config.num_hidden_layers if self.spec.block_size else 1,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=self.model.lm.dtype,
-            device=self.model.device,
-        )
+    def _finish(self, done: torch.Tensor) -> tuple[list[int], Trajectories]:
+        slots = _harvest(self.canvas, done)
+        if self.log is not None:
+            self.log.close(slots)
+        indices = [int(slot["request"]) for slot in slots]
+        settings, wanted = self.decoder.settings(), [self.requests[i] for i in indices]
+        trajectories = record(slots, wanted, settings, self.model.spec)
+        self.counters.tokens += int(trajectories.columns["valid_len"].sum())
+        kept, given, source = self.canvas.release(done)
+        if len(given):
+            self.cache.copy_prefix(source, given, int(self.canvas.prefix_len().max()))
+        fresh = done if kept is None else done[kept]
+        if kept is not None:
+            self.cache.keep(kept)
+        self.sampler.moved(kept, fresh)
+        if self.model.spec.block_size and bool((fresh & (self.canvas.clean == 0)).any()):
+            self.sharing = self.canvas.wait_for_prompts()
+        return indices, trajectories
 
-    def _denoise(self, canvas: Canvas, cache: SlotCache, counters: EngineCounters) -> None:
-        """One denoising step of every active slot."""
-        position, masked = canvas.active_positions()
-        hidden, first_row = self._forward(canvas, cache, counters)
-        slot, column = masked.nonzero(as_tuple=True)
-        rows = first_row[slot] + position[slot, column] - canvas.clean[slot] - self.spec.logit_shift
-        seed, step = canvas.seed.unsqueeze(1), canvas.step.unsqueeze(1)
-        noise = uniform(seed, position, step, TOKEN)
-        statistics = row_statistics(self.model.logits(hidden[rows]), noise[slot, column], canvas.decoder.temperature)
-        laid_out = RowStatistics(*(_lay_out(values, masked) for values in statistics))
-        order_noise = uniform(seed, position, step, POSITION_SCORE)
-        score = SCORERS[canvas.decoder.score].score(laid_out, position, order_noise)
-        score = canvas.decoder.weigh_eos(score, torch.isin(laid_out.token, canvas.eos), canvas.block_step)
-        settled = canvas.settled() if canvas.decoder.selector.uses_settled else None
-        view = StepView(score, masked, laid_out, canvas.block_step, settled)
-        chosen, forced = canvas.decoder.choose(view)
-        trace = {"logp": laid_out.logp, "logp_t1": laid_out.logp_t1, "confidence": laid_out.p_token, "forced": forced}
-        canvas.commit(position, chosen, laid_out.token, trace)
-        counters.head_rows += len(rows)
+    def _share_prompts(self) -> None:
+        slots, donors = self.canvas.served()
+        if len(slots):
+            self.cache.copy_prefix(donors, slots, int(self.canvas.prefix_len().max()))
+        self.sharing = bool(self.canvas.waiting.any())
 
-    def _forward(self, canvas: Canvas, cache: SlotCache, counters: EngineCounters):
-        """Packed rows [clean, needed end) of every slot → (hidden [T, d], first row of each slot int64 [n])."""
-        block = self.spec.block_size
-        until = canvas.block_end if block else canvas.end
-        counts = until - canvas.clean
-        slot = torch.repeat_interleave(torch.arange(len(canvas), device=counts.device), counts)
-        first_row = counts.cumsum(0) - counts
-        position = canvas.clean[slot] + torch.arange(len(slot), device=counts.device) - first_row[slot]
-        key_len = (position // block + 1) * block if block else until[slot]
-        plan = cache.plan(slot, position, key_len, len(canvas))
-        hidden = self.model.hidden(canvas.ids[slot, position].unsqueeze(0), position.unsqueeze(0), plan)[0]
-        counters.forwards += 1
-        counters.rows += len(slot)
-        counters.cache_bytes = max(counters.cache_bytes, cache.nbytes)
-        return hidden, first_row
+    def _take_update(self) -> None:
+        load, recompute = self._update
+        canvas, at_once = self.canvas, not self.decoder.block_size
+        canvas.paused = canvas.opening | at_once
+        if not bool(canvas.paused.all()):
+            return
+        canvas.version = load()
+        if recompute:
+            canvas.clean = torch.zeros_like(canvas.clean)
+            canvas.refresh = torch.ones_like(canvas.refresh)
+        else:
+            canvas.stale = canvas.step > 0
+        canvas.paused = torch.zeros_like(canvas.paused)
+        self._update = None
 
 
-def _lay_out(values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros(masked.shape, dtype=values.dtype, device=values.device)
-    out[masked] = values
-    return out
+def _cache_shape(model: DiffusionLM, decoder: Decoder) -> dict[str, int]:
+    """A policy that keeps nothing between forwards lets one layer's storage serve all of them in turn."""
+    config = model.lm.config
+    return {
+        "layers": config.num_hidden_layers if decoder.cache.keeps else 1,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
 
 
 def _harvest(canvas: Canvas, done: torch.Tensor) -> list[dict[str, np.ndarray]]:
     """Copies of the finished slots, on the host."""
     rows = done.nonzero().squeeze(1)
-    columns = {"request": canvas.request, "ids": canvas.ids, "prompt_len": canvas.prompt_len}
-    columns |= {"limit": canvas.limit, "end": canvas.end}
+    columns = {
+        k: getattr(canvas, k) for k in ("request", "ids", "prompt_len", "limit", "end", "block_end", "stop_ids", "stale")
+    }
     host = {k: v[rows].cpu().numpy() for k, v in (columns | canvas.trace).items()}
     return [{k: v[i] for k, v in host.items()} for i in range(len(rows))]

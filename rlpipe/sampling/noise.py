@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-TOKEN, POSITION_SCORE = 0, 1  # streams
+TOKEN, POSITION_SCORE, ORDER, EDIT = range(4)  # streams
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9

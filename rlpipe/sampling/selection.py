@@ -1,108 +1,77 @@
-"""Which masked positions to commit: scorers give a number per position, selectors turn a step into a set.
+"""Selectors turn a step into the set of positions to commit.
 
-All tensors are [slots, B]; only `masked` positions count. Larger scores go first, ties to the lowest position. A scorer that
-looks at the state only (everything but `sampled_prob`, and EOSER's factor) makes the product of committed-token probabilities
-the exact transition probability; see `Scorer.state_only`. Every selector commits at least one position of every slot that has
-a masked one, and marks as forced what did not pass its test.
+`select(view) → (commit, forced)`, bool [slots, B]; forced marks what did not pass the selector's test and was taken all the
+same so that the step makes progress. Every selector commits at least one position of every slot that has a masked one, but
+`bernoulli`, which is bounded by its last step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 
-from rlpipe.sampling.statistics import RowStatistics
-
-
-class StepView(NamedTuple):
-    """What a selector sees of a step. score float32, masked bool, statistics: [slots, B] · block_step int64 [slots]: steps that
-    the active block has had · settled float32 [slots]: mean confidence of what the block has committed so far, NaN for nothing;
-    only for selectors that ask for it (`uses_settled`)."""
-
-    score: torch.Tensor
-    masked: torch.Tensor
-    statistics: RowStatistics
-    block_step: torch.Tensor
-    settled: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scorer:
-    """`score(statistics laid out as [slots, B], position int64 [slots, B], noise float64 [slots, B]) → float32 [slots, B]`."""
-
-    score: Callable[[RowStatistics, torch.Tensor, torch.Tensor], torch.Tensor]
-    state_only: bool
-
-
-SCORERS = {
-    "max_prob": Scorer(lambda s, position, noise: s.p_max, True),
-    "entropy": Scorer(lambda s, position, noise: -s.entropy, True),
-    "margin": Scorer(lambda s, position, noise: s.p_max - s.p_second, True),
-    "random": Scorer(lambda s, position, noise: noise.float(), True),
-    "left_to_right": Scorer(lambda s, position, noise: -position.float(), True),
-    # LLaDA and SDAR as published: the drawn token's own probability, so which positions commit depends on the draws.
-    "sampled_prob": Scorer(lambda s, position, noise: s.p_token, False),
-}
+from rlpipe.sampling.scoring import StepView, best, in_order, ranks
 
 Choice = tuple[torch.Tensor, torch.Tensor]
 
 
 class Selector:
-    """`select(view) → (commit, forced)`, bool [slots, B]."""
+    """uses: extras of the view it looks at (settled, stable) · needs: row statistics it looks at (p_second, entropy) ·
+    skips_idle_steps: steps for which the schedule has nothing may be passed over."""
 
-    uses_settled = False
+    uses: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    skips_idle_steps: ClassVar[bool] = True
 
     def __call__(self, view: StepView) -> Choice:
         raise NotImplementedError
 
 
-def ranks(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """int64 [slots, B]: 0 for the best masked position; unmasked ones come last."""
-    ordered = torch.where(masked, score, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    return ordered.argsort(dim=-1)
+def at_least(passed: torch.Tensor, view: StepView, count: torch.Tensor | int = 1, enough: torch.Tensor | int = 1) -> Choice:
+    """What passed a test; in slots where fewer than `enough` did, the best `count` too, those that failed marked forced."""
+    fallback = best(view, count)
+    short = (passed.sum(-1) < enough).unsqueeze(-1)
+    return torch.where(short, fallback | passed, passed), short & fallback & ~passed
 
 
-def at_least(passed: torch.Tensor, view: StepView, quota: int = 1) -> Choice:
-    """What passed a test; in slots where fewer than `quota` did, the best `quota` too, those that failed marked forced."""
-    best = view.masked & (ranks(view.score, view.masked) < quota)
-    short = passed.sum(-1, keepdim=True) < quota
-    return torch.where(short, best | passed, passed), short & best & ~passed
-
-
-def in_order(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """`values` [slots, B] sorted so that rank 0 comes first; `order` are the ranks."""
-    return torch.empty_like(values).scatter(1, order, values)
+def unforced(chosen: torch.Tensor) -> Choice:
+    return chosen, torch.zeros_like(chosen)
 
 
 @dataclass(frozen=True)
 class Static(Selector):
-    """The best `quota` positions each step (LLaDA, SDAR low_confidence_static)."""
-
-    quota: int = 1
-
-    def progress(self, block_step: torch.Tensor, width: int) -> torch.Tensor:
-        """i / (N - 1) for the i-th of N = ceil(width / quota) steps."""
-        return block_step / max(1, -(-width // self.quota) - 1)
+    """The best of what the schedule commits (LLaDA, SDAR low_confidence_static, Dream maskgit_plus)."""
 
     def __call__(self, view: StepView) -> Choice:
-        return view.masked & (ranks(view.score, view.masked) < self.quota), torch.zeros_like(view.masked)
+        return unforced(best(view, view.quota.clamp_min(1)))
+
+
+@dataclass(frozen=True)
+class Everything(Selector):
+    """All masked positions; for editors that take some of them back."""
+
+    skips_idle_steps: ClassVar[bool] = False
+
+    def __call__(self, view: StepView) -> Choice:
+        return unforced(view.masked)
 
 
 @dataclass(frozen=True)
 class Threshold(Selector):
-    """Everything with a score of at least `threshold`; where fewer than `quota` pass, the best `quota`.
+    """Everything with a score of at least `threshold`; where fewer than `enough` pass, the best the schedule commits.
 
-    Fast-dLLM (arXiv 2505.22618) with quota 1; SDAR's dynamic rule, which asks for more than the threshold.
+    Fast-dLLM (arXiv 2505.22618): one position a step, enough 1. SDAR's dynamic rule: enough 0, which stands for the schedule's
+    share, so that a step never commits less than the static rule. Dimple: enough 1, Dream's schedule.
     """
 
     threshold: float = 0.9
-    quota: int = 1
+    enough: int = 0
 
     def __call__(self, view: StepView) -> Choice:
-        return at_least(view.masked & (view.score >= self.threshold), view, self.quota)
+        quota = view.quota.clamp_min(1)
+        return at_least(view.masked & (view.score >= self.threshold), view, quota, self.enough or quota)
 
 
 @dataclass(frozen=True)
@@ -130,6 +99,7 @@ class EntropyBounded(Selector):
 
     gamma: float = 0.35
     keep_largest: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
 
     def __call__(self, view: StepView) -> Choice:
         order = ranks(view.score, view.masked)
@@ -162,11 +132,10 @@ class Hierarchical(Selector):
 
     def __call__(self, view: StepView) -> Choice:
         masked, order = view.masked, ranks(view.score, view.masked)
-        run = (masked & ~torch.nn.functional.pad(masked, (1, -1))).cumsum(
-            -1
-        )  # runs are counted from 1; 0 lies before the first
-        best = torch.full_like(order, order.shape[1]).scatter_reduce(1, run.clamp_max(order.shape[1] - 1), order, "amin")
-        first = masked & (order == best.gather(1, run.clamp_max(order.shape[1] - 1)))
+        opens = masked & ~torch.nn.functional.pad(masked, (1, -1))
+        run = opens.cumsum(-1).clamp_max(order.shape[1] - 1)  # runs are counted from 1; 0 lies before the first
+        best_of_run = torch.full_like(order, order.shape[1]).scatter_reduce(1, run, order.where(masked, order.shape[1]), "amin")
+        first = masked & (order == best_of_run.gather(1, run))
         return at_least((first & (view.score > self.low)) | (masked & (view.score > self.high)), view)
 
 
@@ -177,28 +146,82 @@ class BlockAdaptive(Selector):
 
     low: float = 0.6
     high: float = 0.9
-    uses_settled = True
+    uses: ClassVar[frozenset[str]] = frozenset({"settled"})
 
     def __call__(self, view: StepView) -> Choice:
-        best = torch.where(view.masked, view.score, float("-inf")).amax(-1)
-        bar = torch.where(view.settled.isnan(), best, view.settled).clamp(self.low, self.high)
+        top = torch.where(view.masked, view.score, float("-inf")).amax(-1)
+        bar = torch.where(view.settled.isnan(), top, view.settled).clamp(self.low, self.high)
         return at_least(view.masked & (view.score >= bar.unsqueeze(-1)), view)
 
 
 @dataclass(frozen=True)
-class Doubling(Selector):
-    """1, 2, 4, … positions, and all that are left in step floor(log2 L), L being the block's size (ASS, arXiv 2509.23924)."""
+class Bernoulli(Selector):
+    """Every mask on its own with the schedule's probability 1 - t_{i+1} / t_i; the last step commits the rest (Dream's
+    `origin`). The choice depends on nothing that is learned, so token probabilities are all there is to the likelihood."""
 
-    def progress(self, block_step: torch.Tensor, width: int) -> torch.Tensor:
-        """Share of the block that is committed after the step: (2^(i+1) - 1) / 2^S."""
-        steps = max(1, width.bit_length() - 1)
-        return (2.0 ** (block_step + 1) - 1) / 2**steps
+    skips_idle_steps: ClassVar[bool] = False
 
     def __call__(self, view: StepView) -> Choice:
-        last = max(1, view.masked.shape[1].bit_length() - 1) - 1
-        quota = torch.where(view.block_step < last, 2**view.block_step, view.masked.shape[1])
-        chosen = view.masked & (ranks(view.score, view.masked) < quota.unsqueeze(-1))
-        return chosen, torch.zeros_like(chosen)
+        return unforced(view.masked & (view.noise < view.schedule.share(view.time).unsqueeze(-1)))
+
+
+@dataclass(frozen=True)
+class Prophet(Selector):
+    """All masks at once as soon as the model is sure of the answer, otherwise the best the schedule commits (Prophet, early
+    commit). Sure: the mean gap between the two largest logits over the `answer_len` positions from `answer_from` of the active
+    block (counted from its end if negative) reaches early / middle / late, by thirds of the block's steps.
+
+    The reference finds the answer behind an anchor text that it writes into the canvas (our structure priors) and measures
+    all of the window; ours leaves out what is committed, and with several blocks looks at and fills the active one.
+    """
+
+    answer_from: int = -5
+    answer_len: int = 5
+    early: float = 7.5
+    middle: float = 5.0
+    late: float = 2.5
+    needs: ClassVar[frozenset[str]] = frozenset({"p_second"})
+
+    def __call__(self, view: StepView) -> Choice:
+        width = view.masked.shape[1]
+        column = torch.arange(width, device=view.masked.device)
+        start = self.answer_from if self.answer_from >= 0 else view.length.unsqueeze(-1) + self.answer_from
+        window = view.masked & (column >= start) & (column < start + self.answer_len)
+        gap = (view.statistics.p_max / view.statistics.p_second.clamp_min(1e-30)).clamp_min(1e-30).log()
+        mean = torch.where(window, gap, 0.0).sum(-1) / window.sum(-1).clamp_min(1)
+        done = view.time / view.schedule.total(view.opened)
+        bar = torch.where(done < 1 / 3, self.early, torch.where(done < 2 / 3, self.middle, self.late))
+        sure = (mean >= bar) & window.any(-1)
+        return unforced(torch.where(sure.unsqueeze(-1), view.masked, best(view, view.quota.clamp_min(1))))
+
+
+@dataclass(frozen=True)
+class Stable(Selector):
+    """Confident and settled: a score above `threshold` and, over the last `steps_stable` steps, a KL divergence to the step
+    before below `kl`; where nothing is, the best the schedule commits (KLASS)."""
+
+    threshold: float = 0.9
+    kl: float = 0.01
+    steps_stable: int = 2
+    uses: ClassVar[frozenset[str]] = frozenset({"stable"})
+
+    def __call__(self, view: StepView) -> Choice:
+        passed = view.masked & (view.score > self.threshold) & (view.stable >= self.steps_stable)
+        return at_least(passed, view, view.quota.clamp_min(1))
+
+
+@dataclass(frozen=True)
+class WideIn(Selector):
+    """Everything above `wide`, at most min(max(share · masks, 5), most) of the best, at least one: the first half of WINO."""
+
+    wide: float = 0.6
+    share: float = 0.7
+    most: int = 20
+
+    def __call__(self, view: StepView) -> Choice:
+        masks = view.masked.sum(-1)
+        cap = (masks * self.share).long().clamp_min(5).clamp_max(self.most)
+        return at_least(best(view, cap) & (view.score > self.wide), view)
 
 
 SELECTORS: dict[str, type[Selector]] = {
@@ -209,5 +232,7 @@ SELECTORS: dict[str, type[Selector]] = {
     "local_leap": LocalLeap,
     "hierarchical": Hierarchical,
     "block_adaptive": BlockAdaptive,
-    "doubling": Doubling,
+    "bernoulli": Bernoulli,
+    "prophet": Prophet,
+    "stable": Stable,
 }

@@ -1,4 +1,4 @@
-"""One pass over the logits of the masked rows: what was drawn and how sure the model was."""
+"""One look at the logits of the masked rows: what was drawn and how sure the model was."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 import torch
 
+CHUNK = 256  # columns summed at a time by the inverse CDF of a large vocabulary
+
 
 class RowStatistics(NamedTuple):
     """All [M], one row a masked candidate position.
 
-    token int64 (drawn) · logp float32 under the sampling distribution (0 when greedy) · logp_t1 float32 at temperature 1 ·
-    p_token float32 = exp(logp_t1) · p_max float32, p_second float32 largest and second-largest probability at temperature 1 ·
-    entropy float32 in nats at temperature 1.
+    token int64 (drawn) · logp float32 under the sampling distribution (0 when greedy) · logp_t1 float32 of the model at
+    temperature 1 · p_token, p_max, p_second float32: probability of the token, the largest, the second-largest · entropy
+    float32 in nats. The last four are those of the model at temperature 1, or of the sampling distribution where the decoder
+    says so (`confidence: sampler`). p_second and entropy are NaN unless asked for.
     """
 
     token: torch.Tensor
@@ -24,27 +27,109 @@ class RowStatistics(NamedTuple):
     entropy: torch.Tensor
 
 
-def row_statistics(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> RowStatistics:
-    """logits float32 [M, V] (-inf: forbidden), noise float64 [M] in [0, 1); temperature 0 is greedy (lowest id wins ties)."""
-    logp_t1 = torch.log_softmax(logits, dim=-1)
-    probs = logp_t1.exp()
-    top = probs.topk(2, dim=-1).values
-    entropy = -(probs * logp_t1.clamp_min(-1e30)).sum(-1)
-    if temperature == 0:
-        token = logits.argmax(-1)
-        logp = torch.zeros(len(logits), device=logits.device)
+def row_statistics(
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    temperature: float | torch.Tensor,
+    *,
+    raw: torch.Tensor | None = None,
+    top_p: float | torch.Tensor = 1.0,
+    top_k: int | torch.Tensor = 0,
+    needs: frozenset[str] = frozenset(("p_second", "entropy")),
+    confidence: str = "model",
+) -> RowStatistics:
+    """logits float32 [M, V] (-inf: forbidden), noise float64 [M] in [0, 1); temperature 0 is greedy (lowest id wins ties).
+
+    temperature, top_p, top_k: one for all rows, or [M]. top_k keeps ties, top_p the smallest set of most likely tokens that
+    reaches it, after temperature and top_k (as SDAR and Dream). raw float32 [M, V]: the model's logits where `logits` are
+    biased or fused; logp_t1 is theirs.
+    """
+    model = torch.log_softmax(logits, -1)
+    law = _sampling_law(model, temperature, top_p, top_k)
+    token, logp = _draw(logits, law, noise, temperature)
+    at_token = token.unsqueeze(1)
+    logp_t1 = (model if raw is None else torch.log_softmax(raw, -1)).gather(1, at_token).squeeze(1)
+    view = law if confidence == "sampler" else model
+    nothing = torch.full((), float("nan"), device=logits.device).expand(len(logits))
+    p_second, entropy = nothing, nothing
+    if "p_second" in needs:
+        top = view.topk(2, dim=-1).values.exp()
+        p_max, p_second = top[:, 0], top[:, 1]
     else:
-        tempered = logp_t1 if temperature == 1.0 else torch.log_softmax(logits / temperature, dim=-1)
-        token = inverse_cdf(tempered.exp(), noise)
-        logp = tempered.gather(1, token.unsqueeze(1)).squeeze(1)
-    chosen = logp_t1.gather(1, token.unsqueeze(1)).squeeze(1)
-    return RowStatistics(token, logp, chosen, chosen.exp(), top[:, 0], top[:, 1], entropy)
+        p_max = view.amax(-1).exp()
+    if "entropy" in needs:
+        entropy = -(view.exp() * view.clamp_min(-1e30)).sum(-1)  # 0 · (-inf) counts as 0
+    return RowStatistics(token, logp, logp_t1, view.gather(1, at_token).squeeze(1).exp(), p_max, p_second, entropy)
+
+
+def _draw(logits, law, noise, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token int64 [M], its log-probability under `law`, 0 where greedy)."""
+    per_row = isinstance(temperature, torch.Tensor)
+    if not per_row and temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    token = inverse_cdf(law.exp(), noise)
+    logp = law.gather(1, token.unsqueeze(1)).squeeze(1)
+    if not per_row:
+        return token, logp
+    greedy = temperature == 0
+    return torch.where(greedy, logits.argmax(-1), token), torch.where(greedy, 0.0, logp)
+
+
+def _sampling_law(model: torch.Tensor, temperature, top_p, top_k) -> torch.Tensor:
+    """Log-probabilities [M, V] of temperature, then top_k, then top_p, renormalised; greedy rows keep temperature 1."""
+    per_row = isinstance(temperature, torch.Tensor)
+    if per_row:
+        scale = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
+        law = torch.log_softmax(model / scale, -1)
+    else:
+        law = model if temperature in (0, 1) else torch.log_softmax(model / temperature, -1)
+    kept = support(law, top_p, top_k)
+    return law if kept is None else torch.log_softmax(law.masked_fill(~kept, float("-inf")), -1)
+
+
+def support(law: torch.Tensor, top_p: float | torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor | None:
+    """bool [M, V]: tokens that top_k and top_p leave of `law` (log-probabilities); None if they leave all."""
+    some_k = isinstance(top_k, torch.Tensor) or top_k > 0
+    some_p = isinstance(top_p, torch.Tensor) or top_p < 1
+    if not (some_k or some_p):
+        return None
+    ordered = law.sort(dim=-1, descending=True).values
+    floor = torch.full((len(law), 1), float("-inf"), dtype=law.dtype, device=law.device)
+    if some_k:
+        wanted = torch.as_tensor(top_k, device=law.device).expand(len(law)).unsqueeze(1)
+        kth = ordered.gather(1, (wanted - 1).clamp(0, law.shape[1] - 1))
+        floor = torch.where(wanted > 0, kth, floor)
+    if some_p:
+        mass = torch.where(ordered >= floor, ordered, float("-inf")).softmax(-1).cumsum(-1, dtype=torch.float64)
+        limit = torch.as_tensor(top_p, dtype=torch.float64, device=law.device).expand(len(law)).unsqueeze(1)
+        within = (mass < limit - 1e-9).sum(-1, keepdim=True).clamp_max(law.shape[1] - 1)  # index of the last one kept
+        floor = torch.maximum(floor, torch.where(limit < 1, ordered.gather(1, within), float("-inf")))
+    return law >= floor
 
 
 def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draw from float32 [M, V] with float64 uniforms [M]. A token of probability 0 is never drawn.
 
-    The running sum is float64: in float32 its rounding would exceed the probability of rare tokens in a large vocabulary.
+    Running sums are float64: in float32 their rounding would exceed the probability of rare tokens in a large vocabulary. A
+    large vocabulary is summed by chunks first, so that only one of them needs a running sum.
     """
+    rows, vocabulary = probs.shape
+    if vocabulary <= 4 * CHUNK:
+        return _search(probs, noise, None)
+    padded = torch.nn.functional.pad(probs, (0, -vocabulary % CHUNK)).view(rows, -1, CHUNK)
+    mass = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = noise * mass[:, -1]
+    chunk = torch.searchsorted(mass, target.unsqueeze(1), right=True).squeeze(1).clamp_max(mass.shape[1] - 1)
+    below = torch.where(chunk > 0, mass.gather(1, (chunk - 1).clamp_min(0).unsqueeze(1)).squeeze(1), 0.0)
+    inside = padded[torch.arange(rows, device=probs.device), chunk]
+    return chunk * CHUNK + _search(inside, target - below, inside)
+
+
+def _search(probs: torch.Tensor, noise: torch.Tensor, absolute: torch.Tensor | None) -> torch.Tensor:
+    """Index of the first running sum above the target (noise · total, or noise itself); the last possible token at the end."""
     cdf = probs.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, (noise * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1).clamp_max(probs.shape[1] - 1)
+    target = noise if absolute is not None else noise * cdf[:, -1]
+    found = torch.searchsorted(cdf, target.unsqueeze(1), right=True).squeeze(1)
+    columns = torch.arange(probs.shape[1], device=probs.device)
+    last = torch.where(probs > 0, columns, 0).amax(-1)  # rounding may put the target at the very end
+    return torch.minimum(found, last)

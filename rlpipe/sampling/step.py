@@ -1,0 +1,231 @@
+"""One denoising step of every slot: forward, statistics, score, select, commit, edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlpipe.models.attention import SlotCache
+from rlpipe.models.policy import DiffusionLM
+from rlpipe.sampling.caching import StepRows
+from rlpipe.sampling.canvas import Canvas
+from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.editing import EditView
+from rlpipe.sampling.memory import BlockMemory, Stability
+from rlpipe.sampling.noise import EDIT, ORDER, POSITION_SCORE, TOKEN, uniform
+from rlpipe.sampling.record import EditLog
+from rlpipe.sampling.request import Request
+from rlpipe.sampling.scoring import SCORERS, StepView, shuffled
+from rlpipe.sampling.statistics import RowStatistics, row_statistics
+from rlpipe.sampling.table import bias_matrix
+
+HEAD_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a [rows, vocabulary] float32 tensor: on a CPU it should stay in the cache
+
+
+class StepSampler:
+    """Steps a canvas; holds what the steps share (bias rows, memories)."""
+
+    def __init__(
+        self,
+        model: DiffusionLM,
+        requests: Sequence[Request],
+        decoder: Decoder,
+        canvas: Canvas,
+        cache: SlotCache,
+        counters,
+        log: EditLog | None,
+    ):
+        self.model, self.spec, self.decoder = model, model.spec, decoder
+        self.canvas, self.cache, self.counters, self.log = canvas, cache, counters, log
+        bias = bias_matrix(requests, model.lm.config.vocab_size)
+        self.bias = None if bias is None else torch.as_tensor(bias, device=model.device)
+        self.credit = None if decoder.fuse is None else BlockMemory()
+        self.stability = Stability(decoder.selector.kl) if "stable" in decoder.selector.uses else None
+
+    def moved(self, kept: torch.Tensor | None, restarted: torch.Tensor) -> None:
+        """Slots were dropped (kept: those that stay) and some, bool [n] after that, start a block."""
+        for memory in (self.credit, self.stability):
+            if memory is not None:
+                if kept is not None:
+                    memory.keep(kept)
+                memory.reset(restarted)
+
+    def step(self) -> None:
+        canvas, decoder = self.canvas, self.decoder
+        position, inside = canvas.window()
+        order = self._noise(position, POSITION_SCORE)
+        rows = decoder.cache.step_rows(canvas, order)
+        masked = canvas.masked_at(position, inside) & rows.ready.unsqueeze(1) & rows.rows.gather(1, position)
+        shadow = self._shadow(position, inside, rows.ready)
+        hidden, row_of = self._forward(rows, position, masked, shadow)
+        laid_out = self._statistics(hidden, row_of, position, masked)
+        schedule_time = canvas.time
+        if decoder.selector.skips_idle_steps:
+            schedule_time = decoder.schedule.useful(masked.sum(1), canvas.time)
+        chosen, forced, score = self._choose(laid_out, position, masked, order, schedule_time)
+        trace = {"logp": laid_out.logp, "logp_t1": laid_out.logp_t1, "confidence": laid_out.p_token}
+        trace |= {"forced": forced, "score": score}
+        accepted_before = canvas.accepted
+        canvas.count_step(rows.ready, rows.clean, schedule_time, chosen.sum(1))
+        canvas.commit(position, chosen, laid_out.token, trace)
+        if self.log is not None:
+            self.log.commits(canvas, position, chosen)
+            old = self._shadow_probability(shadow, position, hidden, row_of)
+            self._edit(position, inside & rows.ready.unsqueeze(1), chosen, old, schedule_time, accepted_before)
+        if decoder.stop == "eotp":
+            canvas.fill_behind_eos()
+        if self.credit is not None or self.stability is not None:
+            position, inside = canvas.window()
+            self.moved(None, ~canvas.masked_at(position, inside).any(1))
+        self.counters.forwards += 1
+        self.counters.slot_steps += int(rows.ready.sum())
+
+    def _noise(self, position: torch.Tensor, stream: int) -> torch.Tensor:
+        return uniform(self.canvas.seed.unsqueeze(1), position, self.canvas.step.unsqueeze(1), stream)
+
+    # --- forward -----------------------------------------------------------------------------------------------------------
+
+    def _forward(self, plan: StepRows, position: torch.Tensor, masked: torch.Tensor, shadow: torch.Tensor | None):
+        """Packed rows of all slots → (hidden [T, d], row of each grid cell int64 [n, W (+ B)]). Shadow rows lie behind the
+        canvas: MASK at a committed position, seeing everything but that position's token."""
+        canvas, block, shift = self.canvas, self.spec.block_size, self.spec.logit_shift
+        grid, width = plan.rows, canvas.ids.shape[1]
+        if shift:  # the row before a position predicts it
+            grid = grid | torch.zeros_like(grid).scatter_add(1, position - shift, masked)
+        if shadow is not None:
+            grid = torch.cat([grid, shadow], 1)
+        slot, store = grid.nonzero(as_tuple=True)
+        where, ids, hidden_key = store, None, None
+        if shadow is not None:
+            is_shadow = store >= width
+            where = torch.where(is_shadow, position[slot, (store - width).clamp_min(0)], store)
+            ids = torch.where(is_shadow, self.spec.mask_token_id, canvas.ids[slot, where])
+            hidden_key = torch.where(is_shadow, where, -1)
+        ids = canvas.ids[slot, where] if ids is None else ids
+        key_len = (where // block + 1) * block if block else canvas.end[slot]
+        attention = self.cache.plan(slot, store, key_len, len(canvas), hidden_key)
+        hidden = self.model.hidden(ids.unsqueeze(0), where.unsqueeze(0), attention)[0]
+        row_of = (grid.flatten().cumsum(0) - 1).view(grid.shape)
+        self.counters.rows += len(slot)
+        self.counters.prefill_rows += len(slot) - int((plan.ready.unsqueeze(1) & grid).sum())
+        self.counters.host_syncs += 4  # two sizes of the plan, the rows, the masked rows
+        return hidden, row_of
+
+    def _shadow(self, position: torch.Tensor, inside: torch.Tensor, ready: torch.Tensor) -> torch.Tensor | None:
+        if self.decoder.editor is None or not self.decoder.editor.uses_shadow:
+            return None
+        behind = self.cache.keys[0].shape[1] - self.canvas.ids.shape[1]
+        full = torch.zeros(len(ready), behind, dtype=torch.bool, device=ready.device)
+        full[:, : position.shape[1]] = self._decoded(position) & inside & ready.unsqueeze(1)
+        return full
+
+    def _decoded(self, position: torch.Tensor) -> torch.Tensor:
+        """bool [n, B]: holds a sampled token."""
+        trace = self.canvas.trace
+        return (trace["step"] > 0).gather(1, position) & ~trace["preset"].gather(1, position)
+
+    # --- statistics --------------------------------------------------------------------------------------------------------
+
+    def _statistics(self, hidden, row_of, position, masked) -> RowStatistics:
+        """Row statistics of the masked positions, laid out as [n, B]; the head sees a bounded number of rows at a time."""
+        slot, column = masked.nonzero(as_tuple=True)
+        noise = self._noise(position, TOKEN)[slot, column]
+        rows = row_of[slot, position[slot, column] - self.spec.logit_shift]
+        parts = []
+        step = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.lm.config.vocab_size)
+        for start in range(0, max(len(rows), 1), step):
+            part = slice(start, start + step)
+            parts.append(self._part(hidden[rows[part]], slot[part], column[part], noise[part], masked.shape))
+        joined = parts[0] if len(parts) == 1 else RowStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        self.counters.head_rows += len(rows)
+        return RowStatistics(*(_lay_out(values, slot, column, masked.shape) for values in joined))
+
+    def _part(self, hidden, slot, column, noise, shape) -> RowStatistics:
+        canvas, decoder = self.canvas, self.decoder
+        raw = logits = self.model.logits(hidden)
+        if self.bias is not None:
+            row = canvas.bias_row[slot]
+            logits = torch.where((row >= 0).unsqueeze(1), logits + self.bias[row.clamp_min(0)], logits)
+        if self.credit is not None:
+            logits = decoder.fuse.fuse(self.credit, logits, slot, column, shape)
+        if self.stability is not None:
+            self.stability.observe(logits, slot, column, shape)
+        own = decoder if canvas.uniform else canvas
+        pick = (lambda values: values) if canvas.uniform else (lambda values: values[slot])
+        return row_statistics(
+            logits,
+            noise,
+            pick(own.temperature),
+            raw=None if logits is raw else raw,
+            top_p=pick(own.top_p),
+            top_k=pick(own.top_k),
+            needs=decoder.needs,
+            confidence=decoder.confidence,
+        )
+
+    # --- choice ------------------------------------------------------------------------------------------------------------
+
+    def _choose(self, laid_out: RowStatistics, position, masked, order, schedule_time):
+        """(commit bool, forced bool, score float32), [n, B]."""
+        canvas, decoder = self.canvas, self.decoder
+        score = SCORERS[decoder.score].score(laid_out, position, order)
+        if decoder.eos_gamma < 1:
+            is_eos = (laid_out.token.unsqueeze(-1) == canvas.stop_ids.unsqueeze(1)).any(-1)
+            score = decoder.weigh_eos(score, is_eos, canvas.opened, schedule_time)
+        ordered = score
+        if decoder.order_temperature > 0:
+            ordered = shuffled(score, self._noise(position, ORDER), decoder.order_temperature)
+        uses = decoder.selector.uses
+        view = StepView(
+            score=ordered,
+            masked=masked,
+            statistics=laid_out,
+            noise=order,
+            quota=decoder.schedule.commits(canvas.opened, masked.sum(1), schedule_time),
+            time=schedule_time,
+            opened=canvas.opened,
+            length=canvas.block_end - canvas.block_start,
+            schedule=decoder.schedule,
+            settled=canvas.mean_confidence() if "settled" in uses else None,
+            stable=self.stability.steps(masked.shape[1]) if "stable" in uses else None,
+        )
+        chosen, forced = decoder.choose(view)
+        return chosen, forced, score
+
+    def _edit(self, position, inside, chosen, shadow, schedule_time, accepted_before) -> None:
+        canvas, decoder = self.canvas, self.decoder
+        view = EditView(
+            decoded=self._decoded(position) & inside,
+            fresh=chosen,
+            confidence=canvas.trace["score"].gather(1, position),
+            shadow=shadow,
+            noise=self._noise(position, EDIT),
+            left=decoder.schedule.left(canvas.opened, schedule_time),
+            accepted_before=accepted_before,
+            time=schedule_time,
+            opened=canvas.opened,
+            schedule=decoder.schedule,
+        )
+        taken = decoder.editor.remask(view) & inside
+        canvas.remask(position, taken)
+        self.log.remasks(canvas, position, taken, self.spec.mask_token_id)
+
+    def _shadow_probability(self, shadow, position, hidden, row_of) -> torch.Tensor | None:
+        """float32 [n, B]: probability of each shadowed token without seeing it, NaN elsewhere."""
+        if shadow is None:
+            return None
+        width = self.canvas.ids.shape[1]
+        slot, column = shadow.nonzero(as_tuple=True)
+        logits = self.model.logits(hidden[row_of[slot, width + column]])
+        token = self.canvas.ids[slot, position[slot, column]]
+        self.counters.head_rows += len(slot)
+        probability = torch.full(position.shape, float("nan"), device=position.device)
+        probability[slot, column] = torch.log_softmax(logits, -1).gather(1, token.unsqueeze(1)).squeeze(1).exp()
+        return probability
+
+
+def _lay_out(values: torch.Tensor, slot: torch.Tensor, column: torch.Tensor, shape) -> torch.Tensor:
+    out = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    out[slot, column] = values
+    return out
