@@ -145,10 +145,10 @@ class Session:
         if self._update is not None:
             self._take_update()
         self.sampler.step()
+        if self.sharing:  # before any slot is given away: it may be the one that has just stored a prompt
+            self._share_prompts()
         done = self.canvas.advance()
         finished = self._finish(done) if bool(done.any()) else None
-        if self.sharing:
-            self._share_prompts()
         self.counters.host_syncs += 1
         self.counters.slots += self.slots
         self.counters.seconds += time.perf_counter() - start

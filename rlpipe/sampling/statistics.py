@@ -119,7 +119,8 @@ def inverse_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(probs, (0, -vocabulary % CHUNK)).view(rows, -1, CHUNK)
     mass = padded.sum(-1, dtype=torch.float64).cumsum(-1)
     target = noise * mass[:, -1]
-    chunk = torch.searchsorted(mass, target.unsqueeze(1), right=True).squeeze(1).clamp_max(mass.shape[1] - 1)
+    chunk = torch.searchsorted(mass, target.unsqueeze(1), right=True).squeeze(1)
+    chunk = torch.minimum(chunk, _last(padded.amax(-1)))
     below = torch.where(chunk > 0, mass.gather(1, (chunk - 1).clamp_min(0).unsqueeze(1)).squeeze(1), 0.0)
     inside = padded[torch.arange(rows, device=probs.device), chunk]
     return chunk * CHUNK + _search(inside, target - below, inside)
@@ -130,6 +131,9 @@ def _search(probs: torch.Tensor, noise: torch.Tensor, absolute: torch.Tensor | N
     cdf = probs.cumsum(-1, dtype=torch.float64)
     target = noise if absolute is not None else noise * cdf[:, -1]
     found = torch.searchsorted(cdf, target.unsqueeze(1), right=True).squeeze(1)
-    columns = torch.arange(probs.shape[1], device=probs.device)
-    last = torch.where(probs > 0, columns, 0).amax(-1)  # rounding may put the target at the very end
-    return torch.minimum(found, last)
+    return torch.minimum(found, _last(probs))
+
+
+def _last(probs: torch.Tensor) -> torch.Tensor:
+    """int64 [M]: the last column that is possible; rounding may put a target behind it."""
+    return torch.where(probs > 0, torch.arange(probs.shape[1], device=probs.device), 0).amax(-1)
