@@ -17,7 +17,8 @@ log = logging.getLogger("rlpipe")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One unit of work: a method of the actors and its arguments. label names it in the log."""
+    """One unit of work: a method of the actors and its arguments. label names it in the log. A method that is a generator gives
+    its results part by part, and its deadline starts again with each."""
 
     method: str
     args: tuple = ()
@@ -77,12 +78,13 @@ class ActorPool:
         return results
 
     def stream(self, calls: Sequence[Call], *, timeout_s: float, what: str) -> Iterator[tuple[int, Any]]:
-        """(index, result) in order of completion; every call exactly once."""
+        """(index, result) in order of completion; every call exactly once. Generators: (index, part) for each part, and
+        (index, None) at the end; a unit that is tried again gives all its parts again, so the caller keeps one of each."""
         job = _Job(calls, what, time.monotonic())
         while job.open:
             self._dispatch(job, timeout_s)
             for slot in self._ready(job, timeout_s):
-                yield from self._collect(slot, job)
+                yield from self._collect(slot, job, timeout_s)
 
     def _dispatch(self, job: _Job, timeout_s: float) -> None:
         for slot in self.slots:
@@ -109,7 +111,7 @@ class ActorPool:
                 return overdue
             log.info("waiting for %s: %d/%d (%.0f s)", job.what, job.finished, len(job.calls), time.monotonic() - job.started)
 
-    def _collect(self, slot: _Slot, job: _Job) -> Iterator[tuple[int, Any]]:
+    def _collect(self, slot: _Slot, job: _Job, timeout_s: float) -> Iterator[tuple[int, Any]]:
         unit, label = slot.unit, job.calls[slot.unit].label
         overdue = time.monotonic() >= slot.deadline and not finished([slot.reference], 0.0)
         slot.unit = None
@@ -117,7 +119,7 @@ class ActorPool:
             if overdue:
                 self.timeouts += 1
                 raise WorkerLost(f"{self.name} worker {slot.index} passed the deadline of {label}")
-            result = fetch(slot.reference, f"{self.name} worker {slot.index}")
+            result, more = self._fetch(slot)
         except Exception as error:  # whatever user code raised: counted, retried, and in the end reported with its cause
             if isinstance(error, WorkerLost):
                 self._replace(slot, error)
@@ -126,8 +128,24 @@ class ActorPool:
                 job.close(unit)
                 yield unit, failure
             return
-        job.close(unit)
+        if more:
+            slot.unit, slot.deadline = unit, time.monotonic() + timeout_s
+        else:
+            job.close(unit)
         yield unit, result
+
+    def _fetch(self, slot: _Slot) -> tuple[Any, bool]:
+        """(result, whether there may be more of it); None at the end of a generator."""
+        import ray
+
+        reference = slot.reference
+        if isinstance(reference, ray.ObjectRefGenerator):
+            try:
+                reference = next(reference)
+            except StopIteration:
+                return None, False
+        result = fetch(reference, f"{self.name} worker {slot.index}")
+        return result, reference is not slot.reference
 
     def _retry(self, slot: _Slot, unit: int, label: str, error: Exception, job: _Job) -> Failure | None:
         attempts = job.attempts[unit]

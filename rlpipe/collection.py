@@ -170,6 +170,9 @@ class Collector:
             "perf/rollout_s": tally.rollout_s,
             "perf/verify_s": tally.verify_s,
             "perf/rollout_tokens_per_s": counters.tokens / tally.rollout_s,
+            "perf/tokens_per_forward": counters.tokens / max(1, counters.forwards),
+            "perf/slot_occupancy": counters.occupancy,
+            "perf/cache_mb": counters.cache_bytes / 2**20,
             "perf/rows_per_token": counters.rows / max(1, counters.tokens),
             "perf/head_rows_per_token": counters.head_rows / max(1, counters.tokens),
         }

@@ -72,7 +72,8 @@ class RolloutConfig:
     cpus: float = 0.5  # Ray CPUs per worker: bookkeeping, not a limit
     gpus: float = 0.0
     threads: int = 1  # torch threads per worker
-    batch_size: int = 64  # responses sampled together: one unit of work, fixed by the driver
+    batch_size: int = 64  # responses of one unit of work, fixed by the driver
+    slots: int = 0  # responses of a unit denoised at a time; finished ones make room for the next. 0: all that fit
     timeout_s: float = 600.0  # of one unit of work
     retries: int = 4  # of one unit of work, over all workers
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -98,6 +99,7 @@ class AlgoConfig:
     advantage: str = "zscore"  # zscore | mean | leave_one_out
     clip_low: float = 0.2
     clip_high: float = 0.2
+    importance_cap: float = 2.0  # truncates importance weights of tokens that an approximate or changed sampler drew
     kl_coef: float = 0.0
     kl_estimator: str = "k3"  # k1 | k2 | k3, against the policy that opened the step
     normalizer: str = "token_mean"  # response_length | row_mean | sequence_mean | token_mean | constant

@@ -43,7 +43,8 @@ ABOVE_ZERO = (
     "rollout.workers", "rollout.threads", "rollout.batch_size", "rollout.timeout_s", "rollout.decoder.max_tokens",
     "rollout.decoder.tokens_per_step", "verifier.workers", "verifier.batch_size",
     "verifier.timeout_s", "algo.prompts_per_step", "algo.samples_per_prompt", "algo.shrink", "algo.updates_per_step",
-    "algo.epochs", "learner.workers", "learner.threads", "learner.lr", "learner.eps", "learner.token_budget",
+    "algo.epochs",
+    "algo.importance_cap", "learner.workers", "learner.threads", "learner.lr", "learner.eps", "learner.token_budget",
     "learner.bucket_mb", "learner.timeout_s", "value.lr", "eval.prompts", "eval.samples", "checkpoint.keep",
     "cluster.object_store_mb", "cluster.start_timeout_s",
 )  # fmt: skip

@@ -96,7 +96,9 @@ class Driver:
             gauge_trajectories=self.cfg.parity.trajectories,
             rng=np.random.default_rng([self.cfg.seed, self.step, SHUFFLE]),
         )
-        metrics = parity.gauge(*self.learner.score(plan.samples, plan.updates, plan.gauge), algo.clip_low, algo.clip_high)
+        learner, rollout, exact = self.learner.score(plan.samples, plan.updates, plan.gauge)
+        metrics = parity.gauge(learner[exact], rollout[exact], algo.clip_low, algo.clip_high)
+        metrics |= parity.gap(learner[~exact], rollout[~exact])
         metrics["parity/group_diversity"] = parity.diversity([group.texts for group in harvest.groups])
         parity.check(metrics, self.cfg.parity, self.step)
         updates = self.learner.update()

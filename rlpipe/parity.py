@@ -29,6 +29,19 @@ def gauge(learner: np.ndarray, rollout: np.ndarray, clip_low: float, clip_high: 
     }
 
 
+def gap(learner: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
+    """How far the sampler's distribution was from the learner's where they are known to differ (approximate caches, fused or
+    cut distributions); nothing stops for it, the loss weighs the tokens instead. Empty if there are none."""
+    if not len(learner):
+        return {}
+    delta = learner.astype(np.float64) - rollout.astype(np.float64)
+    return {
+        "parity/gap_max_abs": float(np.abs(delta).max()),
+        "parity/gap_mean_abs": float(np.abs(delta).mean()),
+        "parity/gap_tokens": float(len(delta)),
+    }
+
+
 def diversity(groups: Sequence[Sequence[str]]) -> float:
     """Mean share of distinct responses in a group: 1/G when all are the same, 1 when none is repeated."""
     return float(np.mean([len(set(texts)) / len(texts) for texts in groups]))

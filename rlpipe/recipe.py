@@ -21,7 +21,7 @@ __all__ = ["check", "decoder_of_eval", "differences", "document", "fingerprint",
 
 # Settings that may change when a run is resumed: they move, stop or show it, and leave its numbers alone.
 NOT_IN_THE_NUMBERS = (
-    "name", "description", "run_id", "resume", "dry_run", "output_dir", "steps", "monitor", "cluster", "eval",
+    "rollout.slots", "name", "description", "run_id", "resume", "dry_run", "output_dir", "steps", "monitor", "cluster", "eval",
     "checkpoint", "parity.max_abs_delta", "rollout.workers", "rollout.cpus", "rollout.timeout_s", "rollout.retries",
     "verifier.workers", "verifier.cpus", "verifier.batch_size", "verifier.timeout_s", "verifier.retries",
     "verifier.max_failed_groups",

@@ -36,6 +36,13 @@ class Worker:
             os.kill(os.getpid(), 9)
         return self.index, self.prepared
 
+    def count(self, until: int, marker: str = ""):
+        for number in range(until):
+            if marker and number == 2 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), 9)
+            yield number
+
     def hang(self) -> None:
         time.sleep(600)
 
@@ -71,6 +78,18 @@ def test_results_come_in_order_exactly_once(pool):
     streamed = list(pool.stream(calls, timeout_s=20, what="doubling"))
     assert sorted(streamed) == [(i, 2 * i) for i in range(20)]
     assert pool.run([], timeout_s=1, what="nothing") == []
+
+
+def test_generators_give_their_parts_as_they_come(pool, tmp_path):
+    calls = [Call("count", (i + 1,), label=f"unit {i}") for i in range(4)]
+    streamed = list(pool.stream(calls, timeout_s=20, what="counting"))
+    for i in range(4):
+        assert [part for unit, part in streamed if unit == i] == [*range(i + 1), None]
+    dying = [Call("count", (4, str(tmp_path / "m")), label="fatal"), Call("count", (2,), label="other")]
+    parts = list(pool.stream(dying, timeout_s=60, what="counting"))
+    again = [part for unit, part in parts if unit == 0]
+    assert again in ([0, 1, 0, 1, 2, 3, None], [0, 0, 1, 2, 3, None], [0, 1, 2, 3, None]), "all of them again, elsewhere"
+    assert [part for unit, part in parts if unit == 1] == [0, 1, None] and pool.restarts == 1
 
 
 def test_a_dead_worker_is_replaced_prepared_and_its_unit_done_elsewhere(pool, tmp_path, caplog):

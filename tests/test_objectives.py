@@ -11,6 +11,7 @@ import torch
 
 from rlpipe.config import AlgoConfig
 from rlpipe.errors import ConfigError, RlpipeError
+from rlpipe.objectives.losses import importance_weight
 from rlpipe.objectives.objective import PRESETS, build_objective
 from rlpipe.objectives.planner import RandomMask, Replay
 from rlpipe.trajectory import COMMIT, EventLog, Trajectory
@@ -52,6 +53,24 @@ def scored_logp() -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.tensor([[1, 2, 3, 4, 1, 2], [2, 2, 1, 3, 4, 1]])
     logp = logits.log_softmax(-1).gather(2, labels.unsqueeze(-1)).squeeze(-1)
     return logp[torch.tensor([[0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1, 0]], dtype=torch.bool)], logp
+
+
+def test_tokens_of_another_distribution_are_weighed_by_a_truncated_ratio():
+    """min(p_old / p_behaviour, cap); the loss is linear in it, and NaN (the policy itself drew the token) means 1."""
+    nan = float("nan")
+    old = torch.log(torch.tensor([0.5, 0.5, 0.2, 0.9]))
+    behaviour = torch.log(torch.tensor([0.25, 0.1, 0.4, nan]))
+    assert importance_weight(old, behaviour, 3.0).tolist() == pytest.approx([2.0, 3.0, 0.5, 1.0])
+    objective = build_objective(AlgoConfig(importance_cap=3.0))
+    ones, advantage = torch.ones(4), torch.tensor([1.0, -1.0, 1.0, 1.0])
+    terms = objective.loss(old, old, advantage, ones, ones, behaviour_logp=behaviour)
+    assert terms.loss.item() == pytest.approx(-(2.0 - 3.0 + 0.5 + 1.0))
+    metrics = objective.finalize(terms.sums)
+    assert metrics["algo/importance_mean"] == pytest.approx(5.5 / 3)
+    assert metrics["algo/importance_truncated"] == pytest.approx(1 / 3)
+    plain = objective.loss(old, old, advantage, ones, ones)
+    every = objective.loss(old, old, advantage, ones, ones, behaviour_logp=torch.full((4,), nan))
+    assert plain.loss == every.loss and "algo/importance_mean" not in objective.finalize(every.sums)
 
 
 def test_reference_log_probabilities():

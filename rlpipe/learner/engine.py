@@ -91,8 +91,8 @@ class DeepSpeedLearner:
     def score(self, shard: Shard) -> dict[str, np.ndarray]:
         """Log-probabilities of every sample before any update; kept as the denominators of the ratios.
 
-        Returns the parity gauge's raw material, float32, flat over the scored tokens whose state the rollout shared: `learner`
-        and `rollout` log-probabilities.
+        Returns the parity gauge's raw material, flat over the scored tokens whose state the rollout shared: `learner` and
+        `rollout` log-probabilities (float32) and whether they should agree, `exact` (bool).
         """
         self.engine.eval()
         self.begin(shard.samples)
@@ -105,6 +105,7 @@ class DeepSpeedLearner:
         return {
             "learner": np.concatenate([old.numpy()[mask] for mask, old, _ in pairs] or [np.zeros(0, np.float32)]),
             "rollout": np.concatenate([s.rollout_logp[mask] for mask, _, s in pairs] or [np.zeros(0, np.float32)]),
+            "exact": np.concatenate([np.full(mask.sum(), s.exact) for mask, _, s in pairs] or [np.zeros(0, bool)]),
         }
 
     def update(self, shard: Shard, epochs: int) -> list[dict[str, Any]]:
@@ -149,8 +150,14 @@ class DeepSpeedLearner:
             column("policy_weight"),
             column("kl_weight"),
             entropy=entropy,
+            behaviour_logp=self._behaviour(batch).to(logp.device),
         )
         return terms.loss, {name: float(value) for name, value in terms.sums.items()}
+
+    def _behaviour(self, batch: list[int]) -> torch.Tensor:
+        """float32 [M]: what the sampler recorded where it drew from another distribution than the learner's, NaN elsewhere."""
+        held = [self.samples[i] for i in batch]
+        return torch.from_numpy(np.concatenate([np.where(s.exact, np.float32("nan"), s.rollout_logp) for s in held]))
 
     def _pack(self, sample):
         packs = pack_rows(

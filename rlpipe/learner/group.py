@@ -42,14 +42,14 @@ class LearnerGroup:
 
     def score(
         self, samples: Sequence[Sample], updates: Sequence[Sequence[int]], gauge: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Old log-probabilities of a step's samples; returns (learner, rollout) pairs for the parity gauge."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Old log-probabilities of a step's samples; returns (learner, rollout, exact) for the parity gauge."""
         import ray
 
         shards = make_shards(samples, updates, gauge, self.config.token_budget, len(self.workers))
         references = [worker.score.remote(ray.put(shard)) for worker, shard in zip(self.workers, shards, strict=True)]
         parts = self._wait(references, "scoring the step")
-        return np.concatenate([p["learner"] for p in parts]), np.concatenate([p["rollout"] for p in parts])
+        return tuple(np.concatenate([p[name] for p in parts]) for name in ("learner", "rollout", "exact"))
 
     def update(self) -> list[dict[str, Any]]:
         """The optimizer updates of the step scored last: one dict an update, `sums` added over ranks."""

@@ -19,8 +19,9 @@ class Sample:
 
     prompt_ids int32[P] · response_ids int32[L] · masked, scored bool[R, L] · targets int32[R, L] or empty (the response
     itself) · the rest float32[M], one value a scored token in row-major order: advantage, policy_weight and kl_weight
-    (reducer weights; their sums over an update are its loss), rollout_logp (NaN where the learner's state is not the
-    sampler's, so that nothing can be compared).
+    (reducer weights; their sums over an update are its loss), rollout_logp (as recorded; NaN where the learner's state is not
+    the sampler's, so that nothing can be compared) · exact: the learner should reproduce rollout_logp; where it is False
+    (stale keys, fused or cut distributions) the loss weighs each token by the ratio of the two.
     """
 
     prompt_ids: np.ndarray
@@ -33,6 +34,7 @@ class Sample:
     policy_weight: np.ndarray
     kl_weight: np.ndarray
     rollout_logp: np.ndarray
+    exact: bool = True
 
     @property
     def num_scored(self) -> int:
@@ -69,7 +71,7 @@ class Samples(Sequence):
         for k in ("masked", "scored"):
             parts[k] = parts[k].reshape(shape)
         parts["targets"] = parts["targets"].reshape(shape if parts["targets"].size else (0, 0))
-        return Sample(block_size=int(c["block_size"][index]), **parts)
+        return Sample(block_size=int(c["block_size"][index]), exact=bool(c["exact"][index]), **parts)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -79,6 +81,7 @@ class Samples(Sequence):
         columns = {
             "rows": np.array([len(sample.scored) for sample in samples], np.int32),
             "block_size": np.array([sample.block_size for sample in samples], np.int32),
+            "exact": np.array([sample.exact for sample in samples], np.bool_),
         }
         for name, dtype in _RAGGED.items():
             arrays = [getattr(sample, name).ravel() for sample in samples]

@@ -58,7 +58,7 @@ def plan_step(
     first = len(samples)
     if not objective.replays_rollout:
         for trajectory in trajectories[:gauge_trajectories]:
-            if trajectory.exact and trajectory.is_monotone():
+            if trajectory.is_monotone():
                 row = plan_replay(trajectory)
                 nothing = np.zeros(row.num_scored, np.float32)
                 samples += make_samples(trajectory, row, nothing, nothing, nothing, replays=True)
@@ -80,7 +80,7 @@ def make_samples(
     """
     if not len(rows):
         return []
-    if replays and trajectory.exact:
+    if replays:
         rollout = np.broadcast_to(trajectory.at_commit("logp"), rows.scored.shape)[rows.scored]
     else:
         rollout = np.full(rows.num_scored, np.nan, np.float32)
@@ -103,6 +103,7 @@ def make_samples(
                 policy_weight=policy_weight[flat],
                 kl_weight=kl_weight[flat],
                 rollout_logp=rollout[flat],
+                exact=trajectory.exact,
             )
         )
     return samples

@@ -95,9 +95,14 @@ class SlotCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def keep(self, slots: torch.Tensor) -> None:
-        """Compact to the given slots, in that order, when requests finish."""
-        self.keys = [k[slots] for k in self.keys]
-        self.values = [v[slots] for v in self.values]
+        """Compact to the given slots, in that order, when requests finish. Slots that stay where they are cost nothing."""
+        here = torch.arange(len(slots), device=slots.device)
+        target = (slots != here).nonzero().squeeze(1)
+        source = slots[target]
+        for stores in (self.keys, self.values):
+            for layer, store in enumerate(stores):
+                store[target] = store[source]
+                stores[layer] = store[: len(slots)]
 
     def copy_prefix(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Give slots `target` int64 [k] the first `length` positions of slots `source` int64 [k]: a prompt prefilled once."""

@@ -41,6 +41,13 @@ def policy_loss(
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
+def importance_weight(old_logp: torch.Tensor, behaviour_logp: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(p_old / p_behaviour, cap) of each token [T], 1 where behaviour_logp is NaN: truncated importance sampling for tokens
+    that were not drawn from the policy which opened the step (approximate caches, fused or cut distributions)."""
+    weight = (_float(old_logp) - _float(behaviour_logp)).clamp(max=LOG_RATIO_BOUND).exp().clamp(max=cap)
+    return torch.where(behaviour_logp.isnan(), 1.0, weight)
+
+
 def clip_is_active(
     ratio: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,11 +16,11 @@ import torch
 from rlpipe.config import AlgoConfig
 from rlpipe.errors import ConfigError
 from rlpipe.objectives.advantages import ADVANTAGES, group_advantages
-from rlpipe.objectives.losses import KL_ESTIMATORS, RatioUnit, kl_penalty, policy_loss, token_log_ratio
+from rlpipe.objectives.losses import KL_ESTIMATORS, RatioUnit, importance_weight, kl_penalty, policy_loss, token_log_ratio
 from rlpipe.objectives.planner import Planner, RandomMask, Replay
 from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS, token_weights
 from rlpipe.objectives.rows import Rows
-from rlpipe.objectives.statistics import LossTerms, finalize, finalize_updates, ratio_sums
+from rlpipe.objectives.statistics import LossTerms, finalize, finalize_updates, importance_sums, ratio_sums
 from rlpipe.trajectory import Trajectory
 
 
@@ -84,16 +84,21 @@ class Objective:
         policy_weight: torch.Tensor,
         kl_weight: torch.Tensor,
         entropy: torch.Tensor | None = None,
+        behaviour_logp: torch.Tensor | None = None,
     ) -> LossTerms:
         """Σ policy_weight · policy loss + kl_coef · Σ kl_weight · KL, over any part of an update's scored tokens [T].
 
         logp carries the gradient; old_logp is both the ratio's denominator and the KL's reference: the policy that
-        opened the step. entropy: nats, only reported.
+        opened the step. entropy: nats, only reported. behaviour_logp: of the sampler where it was another distribution, NaN
+        elsewhere; see `importance_weight`.
         """
         algo, old_logp = self.algo, old_logp.detach()
         per_token, ratio = self.preset.policy_loss(
             logp, old_logp, advantage, algo.clip_low, algo.clip_high, ratio_unit=self.preset.ratio_unit
         )
+        if behaviour_logp is not None:
+            weight = importance_weight(old_logp, behaviour_logp, algo.importance_cap)
+            per_token = per_token * weight
         policy = (policy_weight * per_token).sum()
         kl = torch.zeros_like(policy)
         if algo.kl_coef:
@@ -101,6 +106,8 @@ class Objective:
         loss = policy + kl
         sums = ratio_sums(ratio, logp, old_logp, advantage, algo.clip_low, algo.clip_high)
         sums |= {"loss": loss.detach(), "policy_loss": policy.detach(), "kl_loss": kl.detach()}
+        if behaviour_logp is not None and not behaviour_logp.isnan().all():
+            sums |= importance_sums(weight, behaviour_logp, algo.importance_cap)
         if entropy is not None:
             sums["entropy"] = entropy.detach().float().sum()
         return LossTerms(loss, sums)

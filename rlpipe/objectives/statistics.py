@@ -44,6 +44,17 @@ def ratio_sums(
     }
 
 
+@torch.no_grad()
+def importance_sums(weight: torch.Tensor, behaviour_logp: torch.Tensor, cap: float) -> dict[str, torch.Tensor]:
+    """Sums over the tokens [T] that another distribution drew (behaviour_logp not NaN)."""
+    off = ~behaviour_logp.isnan()
+    return {
+        "off_policy_tokens": off.float().sum(),
+        "importance": weight[off].float().sum(),
+        "truncated": (weight[off] >= cap).float().sum(),
+    }
+
+
 def finalize(sums: Mapping[str, Any], updates: int = 1) -> dict[str, float]:
     """Metrics algo/… from the sums over `updates` whole updates: losses are means over updates, the rest over tokens.
 
@@ -67,6 +78,9 @@ def finalize(sums: Mapping[str, Any], updates: int = 1) -> dict[str, float]:
         "algo/scored_tokens": values.get("tokens", 0.0) / updates,
     }
     metrics["algo/clip_fraction"] = metrics["algo/clip_fraction_low"] + metrics["algo/clip_fraction_high"]
+    if "off_policy_tokens" in values:
+        metrics["algo/importance_mean"] = values["importance"] / max(values["off_policy_tokens"], 1.0)
+        metrics["algo/importance_truncated"] = values["truncated"] / max(values["off_policy_tokens"], 1.0)
     if "entropy" in values:
         metrics["algo/entropy"] = values["entropy"] / tokens
     return metrics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,7 +49,7 @@ class RolloutPool:
 
         def make(index: int):
             options = placement.options("rollout", index)
-            return actor.options(**options).remote(index, model_folder, cfg.model, self.cfg.threads)
+            return actor.options(**options).remote(index, model_folder, cfg.model, self.cfg.threads, self.cfg.slots)
 
         self.pool = ActorPool(
             make,
@@ -84,37 +84,46 @@ class RolloutPool:
     def generate(
         self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, *, what: str, seed: int | None = None
     ) -> tuple[list[Group], EngineCounters]:
-        """Groups in the order of the prompts, and the work they took (seconds: summed over units).
+        """Groups in the order of the prompts, and the work they took (seconds: summed over units); see `stream`."""
+        found: dict[int, Group] = {}
+        total = EngineCounters()
+        for index, group, counters in self.stream(prompts, samples, decoder, what=what, seed=seed):
+            found[index] = group
+            total = total + counters
+        return [found[index] for index in range(len(prompts))], total
+
+    def stream(
+        self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, *, what: str, seed: int | None = None
+    ) -> Iterator[tuple[int, Group, EngineCounters]]:
+        """(index of the prompt, its group, work since the group before) as groups are done, each exactly once.
 
         Raises RolloutFailed when a unit fails more often than its retries allow: an unsampled response is never an empty one.
         """
         per_unit = max(1, self.cfg.batch_size // samples)
-        units = [tuple(prompts[i : i + per_unit]) for i in range(0, len(prompts), per_unit)]
+        starts = range(0, len(prompts), per_unit)
         requests = [
             RolloutRequest(
-                prompts=unit,
+                prompts=tuple(prompts[start : start + per_unit]),
                 samples=samples,
                 decoder=decoder,
                 version=self.current.manifest.version,
                 seed=self.seed if seed is None else seed,
             )
-            for unit in units
+            for start in starts
         ]
         calls = [
-            Call("generate", (request,), label=f"unit {i + 1}/{len(units)} ({request.prompts[0].uid} …)")
+            Call("generate", (request,), label=f"unit {i + 1}/{len(requests)} ({request.prompts[0].uid} …)")
             for i, request in enumerate(requests)
         ]
-        results = self.pool.run(calls, timeout_s=self.cfg.timeout_s, what=what)
-        groups, total = [], EngineCounters()
-        for unit, result in zip(units, results, strict=True):
-            if isinstance(result, Failure):
-                raise RolloutFailed(f"{what}: {result}") from result.cause
-            total = total + result.counters
-            for place, prompt in enumerate(unit):
-                mine = range(place * samples, (place + 1) * samples)
-                trajectories = [result.trajectories[i] for i in mine]
-                groups.append(Group(prompt, trajectories, [result.texts[i] for i in mine]))
-        return groups, total
+        seen: set[int] = set()
+        for unit, part in self.pool.stream(calls, timeout_s=self.cfg.timeout_s, what=what):
+            if isinstance(part, Failure):
+                raise RolloutFailed(f"{what}: {part}") from part.cause
+            index = -1 if part is None else starts[unit] + part.place
+            if part is None or index in seen:  # the end of a unit; or a unit that was tried again, with the same samples
+                continue
+            seen.add(index)
+            yield index, Group(prompts[index], list(part.trajectories), list(part.texts)), part.counters
 
     def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
         """Tokens one by one, for display; decoded by whichever worker is free."""

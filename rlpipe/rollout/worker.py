@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from rlpipe.config import DecoderConfig, ModelConfig
-from rlpipe.errors import WeightMismatch
+from rlpipe.errors import RolloutFailed, WeightMismatch
 from rlpipe.models.loading import load_model, load_tokenizer
 from rlpipe.models.weights import Manifest, load_buckets
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine, EngineCounters
 from rlpipe.sampling.noise import sample_seed
 from rlpipe.sampling.request import Request
-from rlpipe.trajectory import Prompt, Trajectories
+from rlpipe.trajectory import Prompt, Trajectories, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,20 +36,22 @@ class RolloutRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutResult:
-    """trajectories: prompt after prompt, its samples in order. texts: decoded up to the first EOS, without it."""
+class RolloutPart:
+    """All samples of one prompt, in order. place: of the prompt in the request · texts: decoded up to the first EOS, without
+    it · counters: work since the part before."""
 
+    place: int
     trajectories: Trajectories
     texts: tuple[str, ...]
     counters: EngineCounters
 
 
 class RolloutWorker:
-    """Waits for: nothing. Consumes: requests and weight updates, one at a time. Produces: trajectories and texts."""
+    """Waits for: nothing. Consumes: requests and weight updates, one at a time. Produces: trajectories as they come."""
 
-    def __init__(self, index: int, model_folder: str, model: ModelConfig, threads: int):
+    def __init__(self, index: int, model_folder: str, model: ModelConfig, threads: int, slots: int = 0):
         torch.set_num_threads(threads)
-        self.index = index
+        self.index, self.slots = index, slots
         policy = load_model(model_folder, model.dtype, model.block_size)
         if torch.cuda.is_available():
             policy = policy.cuda()
@@ -65,13 +68,13 @@ class RolloutWorker:
         self.version = manifest.version
         return self.version, manifest.checksum
 
-    def generate(self, request: RolloutRequest) -> RolloutResult:
-        """Raises WeightMismatch when the request is for other weights than the ones loaded."""
+    def generate(self, request: RolloutRequest) -> Iterator[RolloutPart]:
+        """A part for each prompt, as soon as its samples are done. Raises WeightMismatch when the request is for other weights
+        than the ones loaded, RolloutFailed when it does not fit into memory."""
         if request.version != self.version:
             raise WeightMismatch(
                 f"rollout worker {self.index} holds weights of version {self.version}, asked for {request.version}"
             )
-        start = time.perf_counter()
         tokens = [np.array(self.tokenizer(prompt.text)["input_ids"], np.int32) for prompt in request.prompts]
         wanted = [
             Request(prompt_ids=ids, uid=prompt.uid, sample=sample, seed=sample_seed(request.seed, prompt.uid, sample))
@@ -79,13 +82,48 @@ class RolloutWorker:
             for sample in range(request.samples)
         ]
         decoder = Decoder.resolve(request.decoder, self.engine.spec)
-        trajectories, counters = self.engine.sample(wanted, decoder=decoder, version=self.version)
-        texts = tuple(
-            self.tokenizer.decode(t.response_ids[: t.valid_len].tolist(), skip_special_tokens=True) for t in trajectories
-        )
-        counters.seconds = time.perf_counter() - start
-        return RolloutResult(trajectories, texts, counters)
+        slots = slots_that_fit(self.engine, wanted, decoder, self.slots or len(wanted), free_memory(self.engine.model.device))
+        session = self.engine.session(wanted, decoder=decoder, version=self.version, slots=slots)
+        found: list[Trajectory | None] = [None] * len(wanted)
+        reported = EngineCounters()
+        for indices, trajectories in session:
+            for index, trajectory in zip(indices, trajectories, strict=True):
+                found[index] = trajectory
+            for place in sorted({index // request.samples for index in indices}):
+                group = found[place * request.samples : (place + 1) * request.samples]
+                if all(trajectory is not None for trajectory in group):
+                    work, reported = session.counters - reported, dataclasses.replace(session.counters)
+                    yield RolloutPart(place, Trajectories.of(group), self._texts(group), work)
+
+    def _texts(self, group: Sequence[Trajectory]) -> tuple[str, ...]:
+        return tuple(self.tokenizer.decode(t.response_ids[: t.valid_len].tolist(), skip_special_tokens=True) for t in group)
 
     def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
         """Each token of each response on its own, for display."""
         return [[self.tokenizer.decode([int(token)]) for token in response] for response in responses]
+
+
+def slots_that_fit(engine: Engine, requests: Sequence[Request], decoder: Decoder, slots: int, free: float) -> int:
+    """As many of `slots` as the cache has room for in `free` bytes, keeping a tenth of it. Raises RolloutFailed, with the
+    arithmetic, if not even one request fits."""
+    each = engine.cache_bytes(requests, decoder)
+    room = int(0.9 * free // each) if each else slots
+    if room < 1:
+        longest = max(len(r.prompt_ids) for r in requests)
+        raise RolloutFailed(
+            f"the longest request (prompt of {longest} tokens, up to {decoder.max_tokens} new ones) needs "
+            f"{each / 2**20:.1f} MiB of cache, and {free / 2**20:.1f} MiB are free, of which a tenth is kept. Lower "
+            "rollout.decoder.max_tokens, drop long prompts, or give the worker more memory"
+        )
+    return min(slots, room)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on the device; on a CPU what the kernel calls available."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux: nothing to go by
+        return float("inf")
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), float("inf"))

@@ -81,8 +81,8 @@ class Canvas:
     def release(self, done: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Give finished slots (bool [n]) to waiting requests; with none left, drop them.
 
-        Returns (slots that stay, in order, or None if all do; slots given away whose new prompt is stored already; the slots
-        that store it). The last two refer to the slots before any is dropped.
+        Returns (slots that stay, in their new order, or None if all do; slots given away whose new prompt is stored already;
+        the slots that store it). The last two refer to the slots before any is dropped.
         """
         free = done.nonzero().squeeze(1)
         fresh = free[: self.total - self.admitted]
@@ -98,6 +98,11 @@ class Canvas:
         stays = torch.ones_like(done)
         stays[free[len(fresh) :]] = False
         kept = stays.nonzero().squeeze(1)
+        holes = free[len(fresh) :]
+        holes = holes[holes < len(kept)]  # filled from the end, so that the others need not move
+        survivors = kept[len(kept) - len(holes) :]
+        kept = torch.arange(len(kept), device=self.device)
+        kept[holes] = survivors
         for name in ("request", *self.PER_REQUEST, *self.COUNTERS, *self.FLAGS):
             setattr(self, name, getattr(self, name)[kept])
         self.trace = {k: v[kept] for k, v in self.trace.items()}

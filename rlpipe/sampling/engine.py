@@ -48,6 +48,11 @@ class EngineCounters:
         summed = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return EngineCounters(**summed | {"cache_bytes": max(self.cache_bytes, other.cache_bytes)})
 
+    def __sub__(self, earlier: EngineCounters) -> EngineCounters:
+        """Work since `earlier`; the cache as it is."""
+        left = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
+        return EngineCounters(**left | {"cache_bytes": self.cache_bytes})
+
     @property
     def occupancy(self) -> float:
         """Share of the slots that denoised, over all steps."""
@@ -105,7 +110,7 @@ class Session:
     are done. `update` loads new weights between steps."""
 
     def __init__(self, model: DiffusionLM, requests: Sequence[Request], decoder: Decoder, version: int, slots: int):
-        self.model, self.requests, self.decoder = model, requests, decoder
+        self.model, self.requests, self.decoder = model.eval(), requests, decoder
         self.counters = EngineCounters(responses=len(requests))
         self.canvas = Canvas(requests, slots, decoder, model.spec, model.device)
         self.canvas.version = version
@@ -141,7 +146,6 @@ class Session:
     def step(self) -> tuple[list[int], Trajectories] | None:
         """One forward; what it finished, if anything."""
         start = time.perf_counter()
-        self.model.eval()
         if self._update is not None:
             self._take_update()
         self.sampler.step()

@@ -1,0 +1,1 @@
+"""Benches: the parts of a run against the plain published way, on the same machine, weights and inputs."""

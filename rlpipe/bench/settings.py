@@ -1,0 +1,98 @@
+"""`key=value` arguments of a bench: typed by the fields of a dataclass, nothing unknown gets through."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from rlpipe.bench.roofline import H200_TBS, H200_TFLOPS
+from rlpipe.config import DecoderConfig
+from rlpipe.decoder_presets import decoder_config
+from rlpipe.errors import ConfigError
+
+DECODER = "decoder."
+BASELINES = {"both": ("sequential", "lockstep"), "sequential": ("sequential",), "lockstep": ("lockstep",), "none": ()}
+
+
+@dataclass
+class RolloutSettings:
+    """Beside these, `decoder.KEY=VALUE` sets a key of `DecoderConfig`."""
+
+    model: str = "3m"  # 3m | 30m | 3m:full | 30m:full | tiny:block | tiny:full | sdar-4b | a model folder
+    decoder: str = "auto"  # a preset; auto: sdar_static for block attention, llada_low_confidence for full attention
+    n: int = 32  # requests
+    prompt_len: int = 64  # of the longest prompt; they are drawn from a quarter of it upwards
+    max_tokens: int = 64  # of the longest response; likewise
+    slots: int = 0  # of the engine; 0: one a request
+    repeat: int = 2  # rounds; every contestant runs once a round, and its best round counts
+    device: str = "cpu"  # cpu | cuda
+    dtype: str = "auto"  # float32 | bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
+    threads: int = 0  # of torch; 0: all cores
+    seed: int = 0  # of weights, prompts, lengths and noise
+    out: str = ""  # a JSON file for the results
+    baselines: str = "both"  # both | sequential | lockstep | none
+    sequential_n: int = 0  # requests of the sequential baseline, the first ones; 0: all
+    peak_tflops: float = H200_TFLOPS  # of the roofline, on a GPU
+    bandwidth_tbs: float = H200_TBS  # likewise
+    changes: dict[str, Any] = field(default_factory=dict)  # of the preset
+
+    def decoder_config(self, attention: str) -> DecoderConfig:
+        """The preset with the changes; greedy unless told otherwise, so that contestants can be compared token by token."""
+        name = self.decoder
+        if name == "auto":
+            name = "sdar_static" if attention == "block" else "llada_low_confidence"
+        return decoder_config(name, **{"max_tokens": self.max_tokens, "temperature": 0.0} | self.changes)
+
+
+def read(arguments: Sequence[str]) -> RolloutSettings:
+    """Raises ConfigError: an argument that is not key=value, an unknown key with the nearest one, a value of another type."""
+    kinds = {f.name: type(f.default) for f in fields(RolloutSettings) if f.name != "changes"}
+    default = DecoderConfig()
+    free = {f"{DECODER}{f.name}": type(getattr(default, f.name)) for f in fields(default) if f.name != "preset"}
+    settings = RolloutSettings()
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{argument}' is not key=value; write for example model=30m n=64")
+        if key in kinds:
+            setattr(settings, key, _typed(key, text, kinds[key]))
+        elif key in free:
+            settings.changes[key.removeprefix(DECODER)] = _typed(key, text, free[key])
+        else:
+            near = difflib.get_close_matches(key, [*kinds, *free], n=1, cutoff=0.0)[0]
+            raise ConfigError(f"there is no key '{key}'; did you mean {near}? Known: {', '.join(kinds)}, {DECODER}KEY")
+    _check(settings)
+    return settings
+
+
+def _typed(key: str, text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text}: not a YAML value") from error
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key}={text}: it must be {'a mapping' if kind is dict else f'of type {kind.__name__}'}")
+    return value
+
+
+def _check(settings: RolloutSettings) -> None:
+    for name, least in (("n", 1), ("prompt_len", 1), ("max_tokens", 1), ("slots", 0), ("repeat", 1), ("threads", 0)):
+        if getattr(settings, name) < least:
+            raise ConfigError(f"{name}={getattr(settings, name)}: it must be at least {least}")
+    if not 0 <= settings.sequential_n <= settings.n:
+        raise ConfigError(f"sequential_n={settings.sequential_n}: it must be between 0 (all) and n={settings.n}")
+    choices = {"baselines": tuple(BASELINES), "device": ("cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+    for name, known in choices.items():
+        if getattr(settings, name) not in known:
+            raise ConfigError(f"{name}={getattr(settings, name)}: known are {', '.join(known)}")
+    for name in ("peak_tflops", "bandwidth_tbs"):
+        if getattr(settings, name) <= 0:
+            raise ConfigError(f"{name}={getattr(settings, name)}: it must be above 0")

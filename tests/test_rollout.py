@@ -1,0 +1,72 @@
+"""The rollout worker without Ray: its stream, its counters, and what it does when memory is short."""
+
+import numpy as np
+import pytest
+from tiny_models import prompts, tiny
+
+from rlpipe.config import DecoderConfig, ModelConfig
+from rlpipe.errors import RolloutFailed, WeightMismatch
+from rlpipe.models.loading import save_model
+from rlpipe.rollout.worker import RolloutRequest, RolloutWorker, free_memory, slots_that_fit
+from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.engine import Engine
+from rlpipe.sampling.request import Request
+from rlpipe.trajectory import Prompt
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model, tokenizer = tiny("block")
+    path = tmp_path_factory.mktemp("model")
+    save_model(model, tokenizer, path, model.lm.state_dict())
+    return str(path)
+
+
+def worker(folder: str, slots: int = 0) -> RolloutWorker:
+    made = RolloutWorker(0, folder, ModelConfig(path=folder), threads=1, slots=slots)
+    made.version = 7
+    return made
+
+
+def request(samples: int = 3, version: int = 7) -> RolloutRequest:
+    asked = tuple(Prompt(uid=f"p{i}", task="t", text=text) for i, text in enumerate(("1+2=", "3*4=12+5=6", "7")))
+    return RolloutRequest(prompts=asked, samples=samples, decoder=DecoderConfig(max_tokens=12), version=version, seed=1)
+
+
+def test_groups_stream_as_they_are_done_and_slots_change_nothing(folder):
+    whole = {part.place: part for part in worker(folder).generate(request())}
+    parts = list(worker(folder, slots=2).generate(request()))
+    assert sorted(part.place for part in parts) == [0, 1, 2] and sorted(whole) == [0, 1, 2]
+    for part in parts:
+        assert [t.uid for t in part.trajectories] == [f"p{part.place}"] * 3
+        assert [t.sample for t in part.trajectories] == [0, 1, 2] and len(part.texts) == 3
+        assert part.texts == whole[part.place].texts
+        for one, other in zip(part.trajectories, whole[part.place].trajectories, strict=True):
+            np.testing.assert_array_equal(one.response_ids, other.response_ids)
+    assert sum(part.counters.tokens for part in parts) == sum(t.valid_len for part in parts for t in part.trajectories)
+    assert 0 < parts[0].counters.occupancy <= 1 and parts[0].counters.cache_bytes > 0
+    first = next(iter(worker(folder, slots=2).generate(request())))
+    assert first.counters.forwards < sum(part.counters.forwards for part in parts), (
+        "the first group comes before the work is done"
+    )
+
+
+def test_other_weights_are_refused(folder):
+    with pytest.raises(WeightMismatch, match="version 7, asked for 8"):
+        next(worker(folder).generate(request(version=8)))
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic():
+    model, tokenizer = tiny("block")
+    requests = [Request(prompt_ids=ids, uid="p", sample=0, seed=0) for ids in prompts(tokenizer, 4)]
+    engine, decoder = Engine(model), Decoder.resolve(DecoderConfig(max_tokens=12), model.spec)
+    each = engine.cache_bytes(requests, decoder)
+    longest = max(len(r.prompt_ids) for r in requests)
+    assert each == 2 * 2 * -(-(longest + 12) // 4) * 4 * 2 * 16 * 4, "K and V, layers, positions, heads, width, bytes"
+    _, counters = engine.sample(requests, decoder=decoder, version=0)
+    assert counters.cache_bytes == 4 * each
+    assert slots_that_fit(engine, requests, decoder, 4, 100 * each) == 4
+    assert slots_that_fit(engine, requests, decoder, 4, 3 * each) == 2
+    with pytest.raises(RolloutFailed, match=r"needs 0.\d MiB of cache, and 0.0 MiB are free"):
+        slots_that_fit(engine, requests, decoder, 4, each / 2)
+    assert free_memory(model.device) > 2**20
