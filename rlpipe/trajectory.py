@@ -208,7 +208,7 @@ class Trajectories(Sequence):
         rows = list(trajectories)
         if not rows:
             raise ValueError("no trajectories to store")
-        if any(row.decoder != rows[0].decoder for row in rows):
+        if any(row.decoder is not rows[0].decoder and row.decoder != rows[0].decoder for row in rows):
             raise ValueError("trajectories of one store must share their decoder settings")
         columns = {k: np.array([getattr(row, k) for row in rows], dtype) for k, dtype in _SCALARS.items()}
         columns["stop"] = np.array([STOP_REASONS.index(row.stop) for row in rows], np.int8)
@@ -216,7 +216,7 @@ class Trajectories(Sequence):
             columns[k], columns[f"{k}.offsets"] = _concat([getattr(row, k) for row in rows], dtype)
         for k, dtype in EventLog.DTYPES.items():
             columns[f"events.{k}"], columns["events.offsets"] = _concat([getattr(r.events, k) for r in rows], dtype)
-        return cls(columns, tuple(row.uid for row in rows), dict(rows[0].decoder))
+        return cls(columns, tuple(row.uid for row in rows), rows[0].decoder)
 
     def select(self, indices: Sequence[int]) -> Trajectories:
         """The given rows, in that order, as a store of its own (copied: the original can be freed)."""

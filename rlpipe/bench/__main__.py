@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Callable
 
@@ -21,7 +20,6 @@ BENCHES: dict[str, Callable[[list[str]], None]] = {"rollout": _rollout}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a bench; returns the process's exit code. Every expected failure is one message with its remedy."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a run: spinning threads disturb the other contestants
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         _bench(arguments)(arguments[1:])

@@ -38,7 +38,7 @@ ENGINE = "engine"
 @dataclass(slots=True, kw_only=True)
 class Result:
     """The best round of a contestant. responses: valid tokens of each request · work: counters by name · memory: peak bytes
-    beyond what was held before."""
+    beyond what was held before, in a round of its own."""
 
     seconds: float
     responses: list[np.ndarray]
@@ -107,8 +107,10 @@ Contestant = Callable[[list[Request]], tuple[list[np.ndarray], dict[str, int]]]
 def contestants(settings: RolloutSettings, model: DiffusionLM, decoder: Decoder) -> dict[str, Contestant]:
     """The engine and the baselines asked for, by name: requests → (valid tokens of each, counters by name)."""
 
+    sampler = Engine(model)  # one, as a rollout worker has
+
     def engine(requests):
-        found, counters = Engine(model).sample(requests, decoder=decoder, version=0, slots=settings.slots)
+        found, counters = sampler.sample(requests, decoder=decoder, version=0, slots=settings.slots)
         return [t.response_ids[: t.valid_len] for t in found], dataclasses.asdict(counters)
 
     def sequential(requests):
@@ -126,20 +128,22 @@ def contestants(settings: RolloutSettings, model: DiffusionLM, decoder: Decoder)
 
 def compete(runners: dict[str, Contestant], requests: list[Request], settings: RolloutSettings) -> dict[str, Result]:
     """`repeat` rounds in which everybody runs once, so that what else the machine does hits all; the best round of each.
-    Before the first, everybody serves two requests untimed: nobody pays for what is loaded or tuned on first use."""
+    An untimed round before them measures memory, and nobody pays for what is loaded or tuned on first use."""
     best: dict[str, Result] = {}
+    peak: dict[str, int] = {}
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else (lambda: None)
-    for runner in runners.values():
-        runner(requests[:2])
+    for name, runner in runners.items():
+        memory = PeakMemory(settings.device)
+        runner(requests if name != "sequential" else requests[:2])
+        peak[name] = memory.stop()
     for _ in range(settings.repeat):
         for name, runner in runners.items():
-            memory = PeakMemory(settings.device)
             synchronize()
             start = time.perf_counter()
             responses, work = runner(requests)
             synchronize()
             seconds = time.perf_counter() - start
-            result = Result(seconds=seconds, responses=responses, work=work, memory=memory.stop())
+            result = Result(seconds=seconds, responses=responses, work=work, memory=peak[name])
             best[name] = min(best.get(name, result), result, key=lambda r: r.seconds)
     return best
 

@@ -26,7 +26,7 @@ class RolloutSettings:
     decoder: str = "auto"  # a preset; auto: sdar_static for block attention, llada_low_confidence for full attention
     n: int = 32  # requests
     prompt_len: int = 64  # of the longest prompt; they are drawn from a quarter of it upwards
-    max_tokens: int = 64  # of the longest response; likewise
+    max_tokens: int = 128  # of the longest response; likewise
     slots: int = 0  # of the engine; 0: one a request
     repeat: int = 2  # rounds; every contestant runs once a round, and its best round counts
     device: str = "cpu"  # cpu | cuda

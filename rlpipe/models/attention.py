@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 IMPLEMENTATION = "rlpipe"
+COPY_ROWS, CALL_ROWS = 16, 32  # what copying a slot's keys and values, and a call of its own, cost in rows of attention
 
 
 class AttentionPlan(Protocol):
@@ -87,8 +88,25 @@ class SlotCache:
 
     def __init__(self, *, slots: int, positions: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device):
         shape = (slots, positions, kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.storage = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * layers)]
+        self._show(slots, positions)
+
+    @classmethod
+    def reuse(cls, spare: SlotCache | None, *, slots: int, positions: int, layers: int, **shape) -> SlotCache:
+        """`spare` where it is large enough (what it holds is overwritten before it is seen), else a new one."""
+        if spare is not None:
+            have, like = spare.storage[0].shape, spare.storage[0]
+            same = (like.dtype, like.device, *have[2:]) == (
+                shape["dtype"], torch.device(shape["device"]), shape["kv_heads"], shape["head_dim"]
+            )  # fmt: skip
+            if same and len(spare.storage) == 2 * layers and have[0] >= slots and have[1] >= positions:
+                spare._show(slots, positions)
+                return spare
+        return cls(slots=slots, positions=positions, layers=layers, **shape)
+
+    def _show(self, slots: int, positions: int) -> None:
+        views = [store[:slots, :positions] for store in self.storage]
+        self.keys, self.values = views[0::2], views[1::2]
 
     @property
     def nbytes(self) -> int:
@@ -127,31 +145,33 @@ class SlotPlan:
     own, so that the others are not padded to their length."""
 
     def __init__(self, cache: SlotCache, slot, store, key_len, num_slots: int, hidden=None):
-        self.cache, self.slot, self.store = cache, slot, store
+        self.cache = cache
+        self.where = slot * cache.storage[0].shape[1] + store  # in the storage's flattened slots and positions
         counts = torch.bincount(slot, minlength=num_slots)
         start = counts.cumsum(0) - counts
         narrow = _narrow_width(counts.tolist())
         wide = (counts > narrow).nonzero().squeeze(1)
         rank = torch.arange(len(slot), device=slot.device) - start[slot]
-        self.parts = [_Part(None, counts, start, narrow, key_len, store, hidden)]
+        self.parts = [_Part(slice(0, num_slots), counts, start, narrow, key_len, store, hidden)]
         back = slot * narrow + rank
         if len(wide):
-            self.parts.append(_Part(wide, counts[wide], start[wide], int(counts.max()), key_len, store, hidden))
+            most = int(counts.max())
+            self.parts.append(_Part(wide, counts[wide], start[wide], most, key_len, store, hidden))
             place = torch.zeros_like(counts)
             place[wide] = torch.arange(len(wide), device=slot.device)
-            beyond = num_slots * narrow + place[slot] * self.parts[1].width + rank
+            beyond = num_slots * narrow + place[slot] * most + rank
             back = torch.where(counts[slot] > narrow, beyond, back)
         self.back = back
 
     def attend(self, layer, query, key, value, scaling):
         layer %= len(self.cache.keys)
+        for store, new in zip(self.cache.storage[2 * layer : 2 * layer + 2], (key, value), strict=True):
+            store.flatten(0, 1)[self.where] = new[0].transpose(0, 1)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slot, self.store] = key[0].transpose(0, 1)
-        values[self.slot, self.store] = value[0].transpose(0, 1)
         rows = query[0].transpose(0, 1)
         outs = [part.attend(rows, keys, values, scaling) for part in self.parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out[self.back].unsqueeze(0)
+        return out.index_select(0, self.back).unsqueeze(0)
 
 
 def _narrow_width(counts: list[int]) -> int:
@@ -159,11 +179,16 @@ def _narrow_width(counts: list[int]) -> int:
     most, slots = max(counts), len(counts)
     if min(counts) == most:
         return most
-    return min(sorted(set(counts) - {0}), key=lambda width: slots * width + sum(c > width for c in counts) * most)
+
+    def cost(width: int) -> int:
+        wide = sum(count > width for count in counts)
+        return slots * width + (wide * (most + COPY_ROWS) + CALL_ROWS if wide else 0)
+
+    return min(sorted(set(counts) - {0}), key=cost)
 
 
 class _Part:
-    """The rows of some slots (None: of all), padded to `width` a slot with repetitions that are thrown away afterwards."""
+    """The rows of some slots (all, or indices), padded to `width` a slot with repetitions that are thrown away afterwards."""
 
     def __init__(self, slots, counts, start, width: int, key_len, store, hidden):
         self.slots, self.width = slots, width
@@ -177,11 +202,13 @@ class _Part:
         if hidden is not None:
             mask = (mask & (keys != hidden[self.gather].unsqueeze(-1))) | (keys == store[self.gather].unsqueeze(-1))
         self.mask = mask.unsqueeze(1)
+        if self.mask.device.type == "cpu":  # a bool mask would be converted in every layer
+            self.mask = torch.zeros(self.mask.shape).masked_fill_(~self.mask, float("-inf"))
 
     def attend(self, rows, keys, values, scaling) -> torch.Tensor:
-        slots = slice(0, len(self.gather)) if self.slots is None else self.slots
-        keys, values = keys[slots, : self.num_keys], values[slots, : self.num_keys]
-        out = _sdpa(rows[self.gather].transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scaling)
+        keys, values = keys[self.slots, : self.num_keys], values[self.slots, : self.num_keys]
+        query = rows.index_select(0, self.gather.flatten()).view(*self.gather.shape, *rows.shape[1:])
+        out = _sdpa(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scaling)
         return out.flatten(0, 1)
 
 

@@ -110,6 +110,11 @@ class Decoder:
         return self.cache.exact and self.fuse is None and self.top_p >= 1 and self.top_k == 0
 
     @property
+    def ordered_by_noise(self) -> bool:
+        """Somebody looks at the noise that orders positions."""
+        return self.score == "random" or "noise" in self.selector.uses
+
+    @property
     def needs(self) -> frozenset[str]:
         """Row statistics that somebody looks at."""
         return SCORERS[self.score].needs | self.selector.needs

@@ -140,6 +140,7 @@ class Ancestral(Selector):
     """The commits of a ReMDM step: every mask on its own, all of them at the last step."""
 
     editor: ReMDM
+    uses: ClassVar[frozenset[str]] = frozenset({"noise"})
     skips_idle_steps: ClassVar[bool] = False
 
     def __call__(self, view: StepView):

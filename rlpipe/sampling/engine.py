@@ -22,7 +22,7 @@ from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.record import EditLog, record
 from rlpipe.sampling.request import Request
 from rlpipe.sampling.step import StepSampler
-from rlpipe.trajectory import Trajectories
+from rlpipe.trajectory import Trajectories, Trajectory
 
 
 @dataclass(slots=True)
@@ -65,10 +65,11 @@ class Engine:
     def __init__(self, model: DiffusionLM):
         self.model = model
         self.spec = model.spec
+        self.spare: SlotCache | None = None  # of the last session, so that the next need not allocate
 
     def session(self, requests: Sequence[Request], *, decoder: Decoder, version: int, slots: int = 0) -> Session:
         """Requests to be stepped through by the caller; see `Session`."""
-        return Session(self.model, requests, decoder, version, slots or len(requests))
+        return Session(self, requests, decoder, version, slots or len(requests))
 
     def sample(
         self,
@@ -97,7 +98,7 @@ class Engine:
 
     def cache_bytes(self, requests: Sequence[Request], decoder: Decoder) -> int:
         """Cache of one slot that can hold the longest of the requests."""
-        longest = max(len(r.prompt_ids) + (r.max_tokens or decoder.max_tokens) for r in requests)
+        longest = max(request.total_len(decoder.max_tokens) for request in requests)
         if self.spec.block_size:
             longest = -(-longest // self.spec.block_size) * self.spec.block_size
         shape = _cache_shape(self.model, decoder)
@@ -106,28 +107,34 @@ class Engine:
 
 
 class Session:
-    """A set of requests on its way. Iterating steps the engine and yields ([index of each request], Trajectories) whenever some
-    are done. `update` loads new weights between steps."""
+    """A set of requests on its way, the longest first: they decide when the last one is done.
 
-    def __init__(self, model: DiffusionLM, requests: Sequence[Request], decoder: Decoder, version: int, slots: int):
-        self.model, self.requests, self.decoder = model.eval(), requests, decoder
+    Iterating steps the engine and yields ([index of each request], [its trajectory]) whenever some are done. `update` loads new
+    weights between steps.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], decoder: Decoder, version: int, slots: int):
+        self.engine, self.model, self.decoder = engine, engine.model.eval(), decoder
+        model = self.model
+        self.order = sorted(range(len(requests)), key=lambda i: -requests[i].total_len(decoder.max_tokens))
+        self.requests = requests = [requests[i] for i in self.order]
+        self.settings = decoder.settings()
         self.counters = EngineCounters(responses=len(requests))
         self.canvas = Canvas(requests, slots, decoder, model.spec, model.device)
         self.canvas.version = version
         self.slots = len(self.canvas)
         width = decoder.block_size or self.canvas.ids.shape[1]
         extra = width if decoder.editor is not None and decoder.editor.uses_shadow else 0
-        self.cache = SlotCache(
-            slots=self.slots, positions=self.canvas.ids.shape[1] + extra, dtype=model.lm.dtype, device=model.device,
-            **_cache_shape(model, decoder),
-        )  # fmt: skip
+        shape = _cache_shape(model, decoder) | {"dtype": model.lm.dtype, "device": model.device}
+        self.cache = SlotCache.reuse(engine.spare, slots=self.slots, positions=self.canvas.ids.shape[1] + extra, **shape)
+        engine.spare = None
         self.counters.cache_bytes = self.cache.nbytes
         self.log = None if decoder.monotone else EditLog()
         self.sampler = StepSampler(model, requests, decoder, self.canvas, self.cache, self.counters, self.log)
         self.sharing = bool(model.spec.block_size) and self.canvas.wait_for_prompts()
         self._update: tuple[Callable[[], int], bool] | None = None
 
-    def __iter__(self) -> Iterator[tuple[list[int], Trajectories]]:
+    def __iter__(self) -> Iterator[tuple[list[int], list[Trajectory]]]:
         while len(self.canvas):
             done = self.step()
             if done is not None:
@@ -143,7 +150,7 @@ class Session:
         self._update = (load, recompute)
 
     @torch.inference_mode()
-    def step(self) -> tuple[list[int], Trajectories] | None:
+    def step(self) -> tuple[list[int], list[Trajectory]] | None:
         """One forward; what it finished, if anything."""
         start = time.perf_counter()
         if self._update is not None:
@@ -153,19 +160,20 @@ class Session:
             self._share_prompts()
         done = self.canvas.advance()
         finished = self._finish(done) if bool(done.any()) else None
+        if not len(self.canvas):
+            self.engine.spare = self.cache
         self.counters.host_syncs += 1
         self.counters.slots += self.slots
         self.counters.seconds += time.perf_counter() - start
         return finished
 
-    def _finish(self, done: torch.Tensor) -> tuple[list[int], Trajectories]:
+    def _finish(self, done: torch.Tensor) -> tuple[list[int], list[Trajectory]]:
         slots = _harvest(self.canvas, done)
         if self.log is not None:
             self.log.close(slots)
         indices = [int(slot["request"]) for slot in slots]
-        settings, wanted = self.decoder.settings(), [self.requests[i] for i in indices]
-        trajectories = record(slots, wanted, settings, self.model.spec)
-        self.counters.tokens += int(trajectories.columns["valid_len"].sum())
+        trajectories = record(slots, [self.requests[i] for i in indices], self.settings, self.model.spec)
+        self.counters.tokens += sum(trajectory.valid_len for trajectory in trajectories)
         kept, given, source = self.canvas.release(done)
         if len(given):
             self.cache.copy_prefix(source, given, int(self.canvas.prefix_len().max()))
@@ -175,7 +183,7 @@ class Session:
         self.sampler.moved(kept, fresh)
         if self.model.spec.block_size and bool((fresh & (self.canvas.clean == 0)).any()):
             self.sharing = self.canvas.wait_for_prompts()
-        return indices, trajectories
+        return [self.order[i] for i in indices], trajectories
 
     def _share_prompts(self) -> None:
         slots, donors = self.canvas.served()

@@ -11,7 +11,7 @@ import torch
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.request import Request
-from rlpipe.trajectory import COMMIT, PRESET, REMASK, EventLog, Trajectories, Trajectory
+from rlpipe.trajectory import COMMIT, PRESET, REMASK, EventLog, Trajectory
 
 COLUMNS = ("logp", "logp_t1", "confidence", "forced")
 
@@ -49,17 +49,15 @@ class EditLog:
 
 def record(
     finished: Sequence[dict[str, Any]], requests: Sequence[Request], settings: dict[str, Any], spec: DiffusionSpec
-) -> Trajectories:
+) -> list[Trajectory]:
     """finished: one dict a request, in their order: ids, stop_ids and trace columns, prompt_len, limit, end, block_end, stale,
     and `events` where tokens could be taken back. settings: of the decoder."""
-    return Trajectories.of(_trajectory(slot, request, settings, spec) for slot, request in zip(finished, requests, strict=True))
+    return [_trajectory(slot, request, settings, spec) for slot, request in zip(finished, requests, strict=True)]
 
 
 def _trajectory(slot: dict[str, Any], request: Request, settings: dict, spec: DiffusionSpec) -> Trajectory:
     prompt_len = int(slot["prompt_len"])
-    end = int(
-        slot["block_end" if spec.block_size else "end"]
-    )  # later blocks were never opened
+    end = int(slot["block_end" if spec.block_size else "end"])  # later blocks were never opened
     response = slot["ids"][prompt_len:end].astype(np.int32)
     filled = (slot["step"][prompt_len:end] > 0) | slot["preset"][prompt_len:end]
     version = slot["version"][prompt_len:end]

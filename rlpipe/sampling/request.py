@@ -29,3 +29,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     bias: Mapping[int, float] = field(default_factory=dict)
     preset: Mapping[int, int] = field(default_factory=dict)
+
+    def total_len(self, max_tokens: int) -> int:
+        """Tokens of prompt and response at most; max_tokens: the decoder's."""
+        return len(self.prompt_ids) + (self.max_tokens or max_tokens)

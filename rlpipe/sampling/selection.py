@@ -18,7 +18,7 @@ Choice = tuple[torch.Tensor, torch.Tensor]
 
 
 class Selector:
-    """uses: extras of the view it looks at (settled, stable) · needs: row statistics it looks at (p_second, entropy) ·
+    """uses: extras of the view it looks at (settled, stable, noise) · needs: row statistics it looks at (p_second, entropy) ·
     skips_idle_steps: steps for which the schedule has nothing may be passed over."""
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -159,6 +159,7 @@ class Bernoulli(Selector):
     """Every mask on its own with the schedule's probability 1 - t_{i+1} / t_i; the last step commits the rest (Dream's
     `origin`). The choice depends on nothing that is learned, so token probabilities are all there is to the likelihood."""
 
+    uses: ClassVar[frozenset[str]] = frozenset({"noise"})
     skips_idle_steps: ClassVar[bool] = False
 
     def __call__(self, view: StepView) -> Choice:

@@ -44,6 +44,8 @@ def row_statistics(
     reaches it, after temperature and top_k (as SDAR and Dream). raw float32 [M, V]: the model's logits where `logits` are
     biased or fused; logp_t1 is theirs.
     """
+    if not isinstance(temperature, torch.Tensor) and temperature == 0 and raw is None and "entropy" not in needs:
+        return _greedy(logits, needs)
     model = torch.log_softmax(logits, -1)
     law = _sampling_law(model, temperature, top_p, top_k)
     token, logp = _draw(logits, law, noise, temperature)
@@ -60,6 +62,16 @@ def row_statistics(
     if "entropy" in needs:
         entropy = -(view.exp() * view.clamp_min(-1e30)).sum(-1)  # 0 · (-inf) counts as 0
     return RowStatistics(token, logp, logp_t1, view.gather(1, at_token).squeeze(1).exp(), p_max, p_second, entropy)
+
+
+def _greedy(logits: torch.Tensor, needs: frozenset[str]) -> RowStatistics:
+    """What greedy decoding looks at, without a [M, V] tensor of its own: the most likely token is the drawn one."""
+    total = logits.logsumexp(-1)
+    nothing = torch.full((), float("nan"), device=logits.device).expand(len(logits))
+    second = (logits.topk(2, dim=-1).values[:, 1] - total).exp() if "p_second" in needs else nothing
+    best = logits.max(-1)
+    logp = best.values - total
+    return RowStatistics(best.indices, torch.zeros_like(logp), logp, logp.exp(), logp.exp(), second, nothing)
 
 
 def _draw(logits, law, noise, temperature) -> tuple[torch.Tensor, torch.Tensor]:

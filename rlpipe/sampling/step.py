@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from rlpipe.models.attention import SlotCache
+from rlpipe.models.executor import Executor
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.sampling.caching import StepRows
 from rlpipe.sampling.canvas import Canvas
@@ -39,6 +40,8 @@ class StepSampler:
         self.model, self.spec, self.decoder = model, model.spec, decoder
         self.canvas, self.cache, self.counters, self.log = canvas, cache, counters, log
         bias = bias_matrix(requests, model.lm.config.vocab_size)
+        executor = Executor.of(model.lm)
+        self.hidden = model.hidden if executor is None else executor.hidden
         self.bias = None if bias is None else torch.as_tensor(bias, device=model.device)
         self.credit = None if decoder.fuse is None else BlockMemory()
         self.stability = Stability(decoder.selector.kl) if "stable" in decoder.selector.uses else None
@@ -54,7 +57,7 @@ class StepSampler:
     def step(self) -> None:
         canvas, decoder = self.canvas, self.decoder
         position, inside = canvas.window()
-        order = self._noise(position, POSITION_SCORE)
+        order = self._noise(position, POSITION_SCORE, decoder.ordered_by_noise)
         rows = decoder.cache.step_rows(canvas, order)
         masked = canvas.masked_at(position, inside) & rows.ready.unsqueeze(1) & rows.rows.gather(1, position)
         shadow = self._shadow(position, inside, rows.ready)
@@ -81,7 +84,9 @@ class StepSampler:
         self.counters.forwards += 1
         self.counters.slot_steps += int(rows.ready.sum())
 
-    def _noise(self, position: torch.Tensor, stream: int) -> torch.Tensor:
+    def _noise(self, position: torch.Tensor, stream: int, wanted: bool = True) -> torch.Tensor:
+        if not wanted:
+            return torch.zeros(position.shape, dtype=torch.float64, device=position.device)
         return uniform(self.canvas.seed.unsqueeze(1), position, self.canvas.step.unsqueeze(1), stream)
 
     # --- forward -----------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ class StepSampler:
         ids = canvas.ids[slot, where] if ids is None else ids
         key_len = (where // block + 1) * block if block else canvas.end[slot]
         attention = self.cache.plan(slot, store, key_len, len(canvas), hidden_key)
-        hidden = self.model.hidden(ids.unsqueeze(0), where.unsqueeze(0), attention)[0]
+        hidden = self.hidden(ids.unsqueeze(0), where.unsqueeze(0), attention)[0]
         row_of = (grid.flatten().cumsum(0) - 1).view(grid.shape)
         self.counters.rows += len(slot)
         self.counters.prefill_rows += len(slot) - int((plan.ready.unsqueeze(1) & grid).sum())
@@ -129,8 +134,10 @@ class StepSampler:
 
     def _statistics(self, hidden, row_of, position, masked) -> RowStatistics:
         """Row statistics of the masked positions, laid out as [n, B]; the head sees a bounded number of rows at a time."""
+        canvas = self.canvas
         slot, column = masked.nonzero(as_tuple=True)
-        noise = self._noise(position, TOKEN)[slot, column]
+        greedy = canvas.uniform and self.decoder.temperature == 0
+        noise = self._noise(position, TOKEN, not greedy)[slot, column]
         rows = row_of[slot, position[slot, column] - self.spec.logit_shift]
         parts = []
         step = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.lm.config.vocab_size)

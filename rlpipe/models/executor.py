@@ -1,0 +1,124 @@
+"""The sampler's forward: the stock model's arithmetic on the stock model's weights, in fewer and larger operations.
+
+A step of a small or a well-fed model spends much of its time between the matrix products: a stock layer is some seventy
+operations. Here queries, keys and values are one product, gate and up projection another, norms are fused. The learner keeps
+the stock code; a test per architecture, and the parity gauge at every training step, hold the two together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rlpipe.models.attention import AttentionPlan
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+
+
+class Executor:
+    """hidden(input_ids, position_ids, plan) of one model. Call it under `torch.inference_mode`.
+
+    The projections that are joined become views of one tensor, so that weights that are copied into the model in place arrive
+    here too, and nothing is held twice.
+    """
+
+    def __init__(self, lm: nn.Module):
+        self.lm = lm
+        self.layers = [_Layer(layer) for layer in lm.model.layers]
+
+    @classmethod
+    def of(cls, lm: nn.Module) -> Executor | None:
+        """None for an architecture that this does not know: the stock forward is used then."""
+        config = lm.config
+        known = type(lm).__name__ in ARCHITECTURES and config.hidden_act == "silu"
+        windowed = getattr(config, "use_sliding_window", False)
+        return cls(lm) if known and not windowed and not getattr(config, "attention_dropout", 0.0) else None
+
+    def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """input_ids, position_ids int64 [1, T] → last hidden state [1, T, d]."""
+        model = self.lm.model
+        x = functional.embedding(input_ids, model.embed_tokens.weight)
+        cos, sin = model.rotary_emb(x, position_ids)
+        half = sin.shape[-1] // 2
+        cos, sin = cos.unsqueeze(2), torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, plan, index)
+        return _norm(model.norm, x)
+
+
+class _Layer:
+    def __init__(self, layer: nn.Module):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.gate_up = _joined((mlp.gate_proj, mlp.up_proj))
+        self.out, self.down = attention.o_proj, mlp.down_proj
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+
+    def __call__(self, x: torch.Tensor, cos, sin, plan: AttentionPlan, index: int) -> torch.Tensor:
+        rows = x.shape[:2]
+        joined = functional.linear(_norm(self.before, x), *self.qkv).view(*rows, -1, self.head_dim)
+        query_key, value = joined[:, :, : self.heads + self.kv_heads], joined[:, :, self.heads + self.kv_heads :]
+        if self.q_norm is not None:
+            query_key = self._norm_heads(query_key)
+        left, right = query_key.chunk(2, -1)
+        query_key = torch.addcmul(query_key * cos, torch.cat([right, left], -1), sin)  # the sign of the rotation is in sin
+        query, key = query_key[:, :, : self.heads], query_key[:, :, self.heads :]
+        seen = plan.attend(index, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.scaling)
+        x = x + functional.linear(seen.flatten(2), self.out.weight, self.out.bias)
+        gate, up = functional.linear(_norm(self.between, x), *self.gate_up).chunk(2, -1)
+        return x + functional.linear(functional.silu(gate) * up, self.down.weight, self.down.bias)
+
+    def _norm_heads(self, query_key: torch.Tensor) -> torch.Tensor:
+        """Queries and keys [1, T, heads, head_dim] normed together: only the weights differ."""
+        weight = torch.cat([self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)])
+        return weight * _rms(query_key, self.q_norm.variance_epsilon)
+
+
+def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return norm.weight * _rms(x, norm.variance_epsilon)
+
+
+def _rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + ε) over the last axis, in float32 like the stock modules and rounded before the weight like them."""
+    if x.is_cuda:
+        return functional.rms_norm(x.float(), (x.shape[-1],), None, epsilon).to(x.dtype)
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # on a CPU rms_norm is some eight operations
+    scale = torch.addcmul(wide.new_full((), epsilon), length, length, value=1.0 / x.shape[-1]).rsqrt_()
+    return (wide * scale).to(x.dtype)
+
+
+@torch.no_grad()
+def _joined(parts: tuple[nn.Linear, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) of linear layers stacked; the layers' own parameters become views of it."""
+    tensors = []
+    for name in ("weight", "bias"):
+        own = [getattr(part, name) for part in parts]
+        if own[0] is None:
+            tensors.append(None)
+            continue
+        stacked = _already_joined(own)
+        if stacked is None:
+            stacked = torch.cat([tensor.data for tensor in own])
+            start = 0
+            for tensor in own:
+                tensor.data = stacked[start : start + len(tensor)]
+                start += len(tensor)
+        tensors.append(stacked)
+    return tensors[0], tensors[1]
+
+
+def _already_joined(own: list[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor that `own` are slices of, one behind the other in one storage, if they are (by an earlier executor)."""
+    place, first = own[0].storage_offset(), own[0].data
+    for tensor in own:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.storage_offset() != place or not tensor.is_contiguous():
+            return None
+        place += tensor.numel()
+    return first.as_strided((sum(len(tensor) for tensor in own), *first.shape[1:]), first.stride(), own[0].storage_offset())
