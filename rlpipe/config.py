@@ -37,7 +37,6 @@ class DataConfig:
     test: str = ""  # held-out jsonl file
     options: dict[str, Any] = field(default_factory=dict)  # of the task, e.g. {careless: 0.55} for sudoku
     template: str = "{prompt}"  # how a prompt is put to the model; {prompt} is the task's text
-    test_prompts: int = 256  # held-out prompts made by a procedural task, never used for training
 
 
 @dataclass
@@ -152,7 +151,8 @@ class ParityConfig:
 class EvalConfig:
     every: int = 20  # steps; 0: only at the start and the end
     prompts: int = 256
-    samples: int = 1
+    samples: int = 1  # to a prompt; with more than one the majority's answer is scored too
+    hex: list[int] = field(default_factory=list)  # block lengths to sample under and vote over (full attention); empty: off
     decoder: dict[str, Any] = field(default_factory=lambda: {"select": "threshold"})  # besides the rollout's own: changes to it
 
 

@@ -66,8 +66,17 @@ def check(cfg: RunConfig) -> list[str]:
     _check_model(cfg)
     for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
         _check_decoder(name, decoder, cfg)
+    if cfg.eval.hex and (block_size(cfg) or min(cfg.eval.hex) < 1):
+        raise ConfigError(
+            f"eval.hex={cfg.eval.hex}: block lengths of at least 1, for a model with full attention; a block model has one"
+        )
     if cfg.rollout.decoder.temperature == 0:
         raise ConfigError("rollout.decoder.temperature=0: greedy samples of a prompt are all equal and teach nothing")
+    if cfg.rollout.decoder.edit != "none" and cfg.algo.preset == "tracerl":
+        raise ConfigError(
+            f"rollout.decoder.edit={cfg.rollout.decoder.edit}: tokens that are taken back leave no step map for "
+            "algo.preset=tracerl to replay; use an objective that needs none (random_mask), or edit=none"
+        )
     _check_learner(cfg)
     _check_data(cfg)
     if cfg.value.enabled and not cfg.dry_run:
@@ -75,6 +84,7 @@ def check(cfg: RunConfig) -> list[str]:
     return _warnings(cfg)
 
 
+INEXACT = (("cache", ("auto", "none", "block")), ("fuse", ("none",)), ("top_p", (1.0,)), ("top_k", (0,)))
 PIECES = ("schedule", "select", "score", "confidence", "fuse", "cache", "edit", "stop")
 
 
@@ -245,6 +255,12 @@ def _warnings(cfg: RunConfig) -> list[str]:
     if decoder.score == "sampled_prob":
         found.append(
             "rollout.decoder.score=sampled_prob: positions depend on the draws, so token ratios are only part of the likelihood"
+        )
+    changed = [key for key, off in INEXACT if getattr(decoder, key) not in off]
+    if changed:
+        found.append(
+            f"rollout.decoder.{', '.join(changed)}: the sampler's distribution is not the learner's, so tokens are weighed by "
+            f"importance ratios truncated at algo.importance_cap={cfg.algo.importance_cap:g}"
         )
     if cfg.model.dtype == "bfloat16" and not (cfg.learner.gpus and cfg.rollout.gpus):
         found.append("model.dtype=bfloat16 without GPUs: 50 to 90 times slower than float32 on most CPUs")

@@ -16,7 +16,7 @@ from rlpipe import checkpoint, parity
 from rlpipe.cluster import Placement
 from rlpipe.collection import Collector, Harvest
 from rlpipe.config import RunConfig
-from rlpipe.evaluation import evaluate
+from rlpipe.evaluation import evaluate, evaluate_hex
 from rlpipe.learner.group import LearnerGroup
 from rlpipe.learner.step import plan_step
 from rlpipe.monitor.monitor import Monitor
@@ -130,6 +130,9 @@ class Driver:
         decoders = {"accuracy": self.cfg.rollout.decoder, "other": decoder_of_eval(self.cfg)}
         for name, decoder in decoders.items():
             metrics |= evaluate(self.rollouts, self.verifiers, prompts, decoder, self.cfg.eval.samples, name)
+        if self.cfg.eval.hex:
+            vote = (self.cfg.rollout.decoder, self.cfg.eval.samples, self.cfg.eval.hex)
+            metrics |= evaluate_hex(self.rollouts, self.verifiers, prompts, *vote)
         metrics["perf/eval_s"] = time.perf_counter() - started
         self.state["eval_last"], self.state["eval_last_step"] = metrics["eval/accuracy"], self.step
         return metrics

@@ -53,6 +53,7 @@ def run(arguments: list[str]) -> int:
         return 0
     source = build_source(cfg.data, cfg.seed)
     check_model(cfg)
+    check_parts(cfg, source)
     run_dir, resume_from = run_folder(cfg)
     if resume_from is not None and finished(cfg, resume_from):
         print(f"{run_dir} is finished (step {cfg.steps}); raise steps= to train on, or give resume=never to start anew")
@@ -125,6 +126,20 @@ def check_model(cfg: RunConfig) -> None:
 
     if not cfg.model.path.startswith("tiny:"):
         read_spec(cfg.model.path)
+
+
+def check_parts(cfg: RunConfig, source) -> None:
+    """Refuse a decoder that contradicts the model, or a verifier that is not there, before anything starts."""
+    from rlpipe.contradictions import block_size, decoder_of_eval
+    from rlpipe.models.spec import DiffusionSpec
+    from rlpipe.sampling.decoder import Decoder
+    from rlpipe.verifiers.registry import load_verifier
+
+    load_verifier(cfg.verifier.name or source.verifier)
+    size = block_size(cfg) or 0
+    spec = DiffusionSpec(mask_token_id=0, attention="block" if size else "full", block_size=size)
+    for decoder in (cfg.rollout.decoder, decoder_of_eval(cfg)):
+        Decoder.resolve(decoder, spec)
 
 
 def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:

@@ -27,7 +27,7 @@ from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.tiny import KINDS, build_tiny
 from rlpipe.trajectory import Prompt
 
-FORMAT = 1  # of the cache; raise it when the same settings would give other weights
+FORMAT = 2  # of the cache; raise it when the same settings would give other weights
 WARMUP_STEPS = 50
 BETAS = (0.9, 0.98)
 FINAL_LR_SHARE = 0.1

@@ -1,5 +1,7 @@
 """Every named decoder, run: what it records, whether it depends on its neighbours, whether a learner can replay it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from rlpipe.config import DecoderConfig
 from rlpipe.decoder_presets import PRESETS, decoder_config, preset_settings
 from rlpipe.errors import ConfigError, NoStepMap
 from rlpipe.models.attention import DensePlan
+from rlpipe.sampling.catalogue import page
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.editing import EDITORS, EditView, ReMDM
 from rlpipe.sampling.engine import Engine
@@ -243,3 +246,9 @@ def test_greedy_delayed_caching_needs_an_order():
         Decoder.resolve(DecoderConfig(cache="dkv_greedy"), tiny("full")[0].spec)
     with pytest.raises(ConfigError, match="did you mean rcr"):
         decoder_config("rcrr")
+
+
+def test_the_page_of_decoders_is_current():
+    """docs/decoders.md is `python -m rlpipe.sampling.catalogue`."""
+    kept = (Path(__file__).resolve().parent.parent / "docs" / "decoders.md").read_text(encoding="utf8")
+    assert kept == page(), "write it again: python -m rlpipe.sampling.catalogue > docs/decoders.md"

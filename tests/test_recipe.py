@@ -338,3 +338,36 @@ def test_another_task_drops_the_options_of_the_one_before():
     assert recipe.load(["recipe=quickstart", "data.task=reasoning_gym:chain_sum"]).data.options == {}
     kept = recipe.load(["recipe=quickstart", "data.options.clues_low=6"])
     assert kept.data.options == {"careless": 0.55, "clues_low": 6}
+
+
+def test_a_named_decoder_lies_over_earlier_layers_and_under_the_keys_beside_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: quickstart_full\nrollout:\n  decoder: {preset: fast_dllm_dual, threshold: 0.8, max_tokens: 16}\n")
+    decoder = recipe.load([f"recipe={path}"]).rollout.decoder
+    assert (decoder.cache, decoder.select, decoder.threshold, decoder.block_size) == ("dual", "threshold", 0.8, 32)
+    assert decoder.temperature == 1.0 and decoder.max_tokens == 16
+    over = recipe.load([f"recipe={path}", "rollout.decoder.preset=eb_sampler"]).rollout.decoder
+    assert (over.cache, over.select, over.options, over.threshold) == ("auto", "entropy_bounded", {"gamma": 0.35}, 0.9)
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(recipe.to_yaml(recipe.load([f"recipe={path}"])))
+    assert recipe.load([f"recipe={kept}"]).rollout.decoder == decoder, "a resolved configuration loads back as itself"
+    with pytest.raises(ConfigError, match="did you mean fast_dllm_dual"):
+        recipe.load([f"recipe={path}", "rollout.decoder.preset=fast_dlm_dual"])
+
+
+def test_the_second_decoder_may_be_a_named_one():
+    cfg = load("rollout.decoder={select: entropy_bounded, options: {gamma: 0.2}}")
+    assert recipe.decoder_of_eval(cfg).options == {}, "the numbers of another selector do not travel"
+    cfg = load("eval.decoder={preset: sdar_dynamic, temperature: 0.5}")
+    second = recipe.decoder_of_eval(cfg)
+    assert (second.threshold, second.score, second.temperature, second.max_tokens) == (0.85, "sampled_prob", 0.5, 16)
+
+
+def test_what_the_learner_must_know_about_a_decoder_is_said():
+    full = load("model.path=tiny:full", "rollout.decoder.preset=fast_dllm_dual", "rollout.decoder.block_size=8")
+    assert any("truncated at algo.importance_cap=2" in warning for warning in recipe.check(full))
+    with pytest.raises(ConfigError, match="no step map for algo.preset=tracerl"):
+        recipe.check(load("rollout.decoder.preset=rcr_block"))
+    assert recipe.check(load("rollout.decoder.preset=rcr_block", "algo.preset=random_mask")) is not None
+    with pytest.raises(ConfigError, match="a block model has one"):
+        recipe.check(load("eval.hex=[4,8]"))

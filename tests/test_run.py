@@ -170,6 +170,8 @@ def test_two_ranks_and_three_workers_give_the_same_samples(baseline, tmp_path):
         (["recipe=quikstart"], 2, "quickstart"),
         (["model.path=/nowhere/at/all"], 2, "no config.json"),
         (["data.task=jsonl", "data.train=/nowhere.jsonl", "data.test=/nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["verifier.name=sudoko"], 2, "did you mean sudoku"),
+        (["rollout.decoder.preset=fast_dllm_dual", "rollout.decoder.block_size=0"], 2, "can have auto, block"),
         (["resume=/nowhere"], 1, "no complete checkpoint"),
         (["rollout.gpus=1"], 1, "needs 2 GPU"),
     ],

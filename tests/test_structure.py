@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CONFIG_LEAVES = 113  # every new one is a decision
 FLOORS = (  # imports go down only; units of one floor do not import each other
     {"errors"},
-    {"trajectory", "config"},
+    {"trajectory", "config", "voting"},
     {"cluster", "schema", "decoder_presets"},
     {"actor_pool", "contradictions"},
     {"models"},
