@@ -14,7 +14,7 @@ from transformers import (
 )  # fmt: skip
 
 from rlpipe.models import attention
-from rlpipe.models.attention import DensePlan
+from rlpipe.models.attention import DensePlan, SlotCache
 from rlpipe.models.executor import Executor
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.spec import DiffusionSpec
@@ -73,6 +73,26 @@ def test_weights_that_are_copied_in_place_arrive_and_nothing_is_held_twice(name)
     model.lm.load_state_dict({k: v.clone() * 0.9 for k, v in names.items()})
     stock, ours = both(model)
     assert (stock - ours).abs().max() < 2e-5 * stock.abs().max()
+
+
+def test_the_last_layer_serves_only_the_rows_that_are_wanted():
+    """The same hidden states, and every key and value is stored as before."""
+    for name in ARCHITECTURES:
+        model = build(*ARCHITECTURES[name])
+        shape = {"slots": 3, "positions": 16, "layers": 3, "kv_heads": 2, "head_dim": 16 if name != "qwen2" else 12}
+        slot = torch.tensor([0] * 8 + [1] * 4 + [2] * 9)
+        store = torch.cat([torch.arange(8), torch.arange(4), torch.arange(9)])
+        ids = torch.randint(0, 49, (1, 21), generator=torch.Generator().manual_seed(1))
+        wanted = torch.tensor([2, 6, 7, 8, 17])
+        found = []
+        with torch.inference_mode():
+            for asked in (None, wanted):
+                cache = SlotCache(**shape, dtype=torch.float32, device="cpu")
+                plan = cache.plan(slot, store, torch.full((21,), 9) - (slot == 1) * 5, 3, None, asked)
+                found.append((Executor.of(model.lm).hidden(ids, store.unsqueeze(0), plan), cache.storage))
+        torch.testing.assert_close(found[0][0][:, wanted], found[1][0], rtol=1e-4, atol=1e-4)
+        for one, other in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_rounds_where_the_stock_model_rounds():

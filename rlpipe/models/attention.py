@@ -134,19 +134,45 @@ class SlotCache:
         key_len: torch.Tensor,
         num_slots: int,
         hidden: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> SlotPlan:
         """slot, store, key_len int64 [T], rows grouped by slot in ascending order. hidden int64 [T]: a position that the row
-        must not see, -1 for none; such a row is stored behind the canvas and sees itself there."""
-        return SlotPlan(self, slot, store, key_len, num_slots, hidden)
+        must not see, -1 for none; such a row is stored behind the canvas and sees itself there. wanted int64 [K], ascending:
+        the rows whose last hidden state somebody reads; in the last layer the others only leave their keys and values."""
+        return SlotPlan(self, slot, store, key_len, num_slots, hidden, wanted)
 
 
 class SlotPlan:
-    """One step over a `SlotCache`; see there. Slots with many more rows than the others (prefill, refresh) get a call of their
-    own, so that the others are not padded to their length."""
+    """One step over a `SlotCache`; see there. `attend` looks for all rows, `attend_wanted` for the wanted ones."""
 
-    def __init__(self, cache: SlotCache, slot, store, key_len, num_slots: int, hidden=None):
+    def __init__(self, cache: SlotCache, slot, store, key_len, num_slots: int, hidden=None, wanted=None):
         self.cache = cache
         self.where = slot * cache.storage[0].shape[1] + store  # in the storage's flattened slots and positions
+        self.all = _Look(slot, store, key_len, num_slots, hidden)
+        self.wanted = wanted
+        if wanted is not None:
+            part = [None if values is None else values[wanted] for values in (slot, store, key_len, hidden)]
+            self.some = _Look(*part[:3], num_slots, part[3])
+
+    def attend(self, layer, query, key, value, scaling):
+        return self.all.attend(query, *self._write(layer, key, value), scaling)
+
+    def attend_wanted(self, layer, query, key, value, scaling):
+        """query [1, H, K, D] of the wanted rows, key and value of all → [1, K, H, D]."""
+        return self.some.attend(query, *self._write(layer, key, value), scaling)
+
+    def _write(self, layer, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        layer %= len(self.cache.keys)
+        for store, new in zip(self.cache.storage[2 * layer : 2 * layer + 2], (key, value), strict=True):
+            store.flatten(0, 1)[self.where] = new[0].transpose(0, 1)
+        return self.cache.keys[layer], self.cache.values[layer]
+
+
+class _Look:
+    """Packed rows that look at their slots. Slots with many more rows than the others (prefill, refresh) get their own call,
+    so that the others are not padded to their length."""
+
+    def __init__(self, slot, store, key_len, num_slots: int, hidden=None):
         counts = torch.bincount(slot, minlength=num_slots)
         start = counts.cumsum(0) - counts
         narrow = _narrow_width(counts.tolist())
@@ -163,11 +189,7 @@ class SlotPlan:
             back = torch.where(counts[slot] > narrow, beyond, back)
         self.back = back
 
-    def attend(self, layer, query, key, value, scaling):
-        layer %= len(self.cache.keys)
-        for store, new in zip(self.cache.storage[2 * layer : 2 * layer + 2], (key, value), strict=True):
-            store.flatten(0, 1)[self.where] = new[0].transpose(0, 1)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+    def attend(self, query, keys, values, scaling):
         rows = query[0].transpose(0, 1)
         outs = [part.attend(rows, keys, values, scaling) for part in self.parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)

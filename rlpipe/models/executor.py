@@ -36,14 +36,17 @@ class Executor:
         return cls(lm) if known and not windowed and not getattr(config, "attention_dropout", 0.0) else None
 
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """input_ids, position_ids int64 [1, T] → last hidden state [1, T, d]."""
+        """input_ids, position_ids int64 [1, T] → last hidden state [1, T, d], or [1, K, d] of the rows that the plan wants: the
+        last layer then computes nothing but keys and values for the others."""
         model = self.lm.model
         x = functional.embedding(input_ids, model.embed_tokens.weight)
         cos, sin = model.rotary_emb(x, position_ids)
         half = sin.shape[-1] // 2
         cos, sin = cos.unsqueeze(2), torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
+        wanted = getattr(plan, "wanted", None)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, plan, index)
+            last = index == len(self.layers) - 1
+            x = layer.last(x, cos, sin, plan, index, wanted) if last and wanted is not None else layer(x, cos, sin, plan, index)
         return _norm(model.norm, x)
 
 
@@ -56,19 +59,38 @@ class _Layer:
         self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
         self.gate_up = _joined((mlp.gate_proj, mlp.up_proj))
         self.out, self.down = attention.o_proj, mlp.down_proj
-        self.heads = attention.q_proj.out_features // self.head_dim
+        self.queries = attention.q_proj.out_features
+        self.heads = self.queries // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
 
     def __call__(self, x: torch.Tensor, cos, sin, plan: AttentionPlan, index: int) -> torch.Tensor:
-        rows = x.shape[:2]
-        joined = functional.linear(_norm(self.before, x), *self.qkv).view(*rows, -1, self.head_dim)
+        joined = self._project(_norm(self.before, x), slice(None))
         query_key, value = joined[:, :, : self.heads + self.kv_heads], joined[:, :, self.heads + self.kv_heads :]
         if self.q_norm is not None:
             query_key = self._norm_heads(query_key)
-        left, right = query_key.chunk(2, -1)
-        query_key = torch.addcmul(query_key * cos, torch.cat([right, left], -1), sin)  # the sign of the rotation is in sin
+        query_key = _rotate(query_key, cos, sin)
         query, key = query_key[:, :, : self.heads], query_key[:, :, self.heads :]
         seen = plan.attend(index, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.scaling)
+        return self._finish(x, seen)
+
+    def last(self, x: torch.Tensor, cos, sin, plan, index: int, wanted: torch.Tensor) -> torch.Tensor:
+        """[1, K, d] of the wanted rows."""
+        normed = _norm(self.before, x)
+        key, value = self._project(normed, slice(self.queries, None)).split(self.kv_heads, 2)
+        query = self._project(normed[:, wanted], slice(0, self.queries))
+        if self.q_norm is not None:
+            query, key = _norm(self.q_norm, query), _norm(self.k_norm, key)
+        query, key = _rotate(query, cos[:, wanted], sin[:, wanted]), _rotate(key, cos, sin)
+        seen = plan.attend_wanted(index, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.scaling)
+        return self._finish(x[:, wanted], seen)
+
+    def _project(self, x: torch.Tensor, outputs: slice) -> torch.Tensor:
+        """[1, T, heads, head_dim] of some of the joined query, key and value outputs."""
+        weight, bias = self.qkv
+        joined = functional.linear(x, weight[outputs], None if bias is None else bias[outputs])
+        return joined.view(*x.shape[:2], -1, self.head_dim)
+
+    def _finish(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         x = x + functional.linear(seen.flatten(2), self.out.weight, self.out.bias)
         gate, up = functional.linear(_norm(self.between, x), *self.gate_up).chunk(2, -1)
         return x + functional.linear(functional.silu(gate) * up, self.down.weight, self.down.bias)
@@ -77,6 +99,12 @@ class _Layer:
         """Queries and keys [1, T, heads, head_dim] normed together: only the weights differ."""
         weight = torch.cat([self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)])
         return weight * _rms(query_key, self.q_norm.variance_epsilon)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [1, T, heads, head_dim]; the sign of the rotation is in sin."""
+    left, right = x.chunk(2, -1)
+    return torch.addcmul(x * cos, torch.cat([right, left], -1), sin)
 
 
 def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

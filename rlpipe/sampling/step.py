@@ -41,7 +41,7 @@ class StepSampler:
         self.canvas, self.cache, self.counters, self.log = canvas, cache, counters, log
         bias = bias_matrix(requests, model.lm.config.vocab_size)
         executor = Executor.of(model.lm)
-        self.hidden = model.hidden if executor is None else executor.hidden
+        self.hidden = self._stock_hidden if executor is None else executor.hidden
         self.bias = None if bias is None else torch.as_tensor(bias, device=model.device)
         self.credit = None if decoder.fuse is None else BlockMemory()
         self.stability = Stability(decoder.selector.kl) if "stable" in decoder.selector.uses else None
@@ -84,6 +84,9 @@ class StepSampler:
         self.counters.forwards += 1
         self.counters.slot_steps += int(rows.ready.sum())
 
+    def _stock_hidden(self, ids: torch.Tensor, where: torch.Tensor, plan) -> torch.Tensor:
+        return self.model.hidden(ids, where, plan)[:, plan.wanted]
+
     def _noise(self, position: torch.Tensor, stream: int, wanted: bool = True) -> torch.Tensor:
         if not wanted:
             return torch.zeros(position.shape, dtype=torch.float64, device=position.device)
@@ -92,15 +95,16 @@ class StepSampler:
     # --- forward -----------------------------------------------------------------------------------------------------------
 
     def _forward(self, plan: StepRows, position: torch.Tensor, masked: torch.Tensor, shadow: torch.Tensor | None):
-        """Packed rows of all slots → (hidden [T, d], row of each grid cell int64 [n, W (+ B)]). Shadow rows lie behind the
-        canvas: MASK at a committed position, seeing everything but that position's token."""
+        """Packed rows of all slots → (hidden [K, d] of the rows that somebody reads, which of them each grid cell is, int64
+        [n, W (+ B)]). Shadow rows lie behind the canvas: MASK at a committed position, seeing everything but its token."""
         canvas, block, shift = self.canvas, self.spec.block_size, self.spec.logit_shift
-        grid, width = plan.rows, canvas.ids.shape[1]
-        if shift:  # the row before a position predicts it
-            grid = grid | torch.zeros_like(grid).scatter_add(1, position - shift, masked)
+        width = canvas.ids.shape[1]
+        read = torch.zeros_like(plan.rows).scatter_add(1, position - shift, masked)  # a shift: the row before predicts
+        grid = plan.rows | read
         if shadow is not None:
-            grid = torch.cat([grid, shadow], 1)
+            grid, read = torch.cat([grid, shadow], 1), torch.cat([read, shadow], 1)
         slot, store = grid.nonzero(as_tuple=True)
+        wanted = read[slot, store].nonzero().squeeze(1)
         where, ids, hidden_key = store, None, None
         if shadow is not None:
             is_shadow = store >= width
@@ -109,12 +113,12 @@ class StepSampler:
             hidden_key = torch.where(is_shadow, where, -1)
         ids = canvas.ids[slot, where] if ids is None else ids
         key_len = (where // block + 1) * block if block else canvas.end[slot]
-        attention = self.cache.plan(slot, store, key_len, len(canvas), hidden_key)
+        attention = self.cache.plan(slot, store, key_len, len(canvas), hidden_key, wanted)
         hidden = self.hidden(ids.unsqueeze(0), where.unsqueeze(0), attention)[0]
-        row_of = (grid.flatten().cumsum(0) - 1).view(grid.shape)
+        row_of = (read.flatten().cumsum(0) - 1).view(read.shape)
         self.counters.rows += len(slot)
         self.counters.prefill_rows += len(slot) - int((plan.ready.unsqueeze(1) & grid).sum())
-        self.counters.host_syncs += 4  # two sizes of the plan, the rows, the masked rows
+        self.counters.host_syncs += 6  # the sizes of two plans, the rows, the masked rows
         return hidden, row_of
 
     def _shadow(self, position: torch.Tensor, inside: torch.Tensor, ready: torch.Tensor) -> torch.Tensor | None:
