@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_packing import replay
-from tiny_models import prompts, sample, tiny
+from tiny_models import prompts, sample, tiny, with_spec
 
 from rlpipe.config import DecoderConfig
 from rlpipe.errors import RolloutFailed
@@ -15,8 +15,10 @@ from rlpipe.models.attention import DensePlan, visible
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine
 from rlpipe.sampling.noise import TOKEN, uniform
+from rlpipe.sampling.record import record
 from rlpipe.sampling.request import Request
 from rlpipe.sampling.statistics import inverse_cdf, row_statistics, support
+from rlpipe.trajectory import COMMIT, EventLog, Trajectory
 
 
 def naive(model, prompt, seed: int, max_tokens: int, per_step: int = 1, temperature: float = 1.0, threshold: float = 2.0):
@@ -272,3 +274,79 @@ def test_full_attention_takes_new_weights_at_once():
     session.update(lambda: 1)
     found = [t for _, part in session for t in part]
     assert len(found) == 3 and all(t.version == 0 for t in found) and session.canvas.version == 1
+
+
+@pytest.mark.parametrize(
+    "prompt, response, steps, kept, eos",
+    [
+        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15, 7, 16], [1, 3, 2, 5, 4, 6, 7], [1, 3, 2, 5, 4, 6], 7),
+        ([1, 2, 3, 4], [11, 12, 13, 14, 15, 16, 17, 18], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6], 7),
+    ],
+)
+def test_the_terminal_block_is_kept_whole_and_counted_as_jetengine_counts(prompt, response, steps, kept, eos):
+    """Vector V10 of the notes: blocks of 4, max_tokens 6; the tokens that count have the reference's steps, and what it drops
+    stays in the record because it conditioned them."""
+    from rlpipe.models.spec import DiffusionSpec
+
+    spec = DiffusionSpec(mask_token_id=99, eos_token_ids=(eos,), block_size=4)
+    width, start = len(prompt) + len(response), len(prompt)
+    column = lambda values, dtype: np.array([0] * start + list(values), dtype)  # noqa: E731
+    zeros = np.zeros(width, np.float32)
+    slot = {
+        "ids": np.array(prompt + response), "prompt_len": start, "limit": start + 6, "end": width, "block_end": width,
+        "stop_ids": np.array([eos]), "stale": False, "step": column(steps, np.int32), "preset": np.zeros(width, bool),
+        "version": np.zeros(width, np.int32), "forced": np.zeros(width, bool),
+        "logp": zeros, "logp_t1": zeros, "confidence": zeros,
+    }  # fmt: skip
+    request = Request(prompt_ids=np.array(prompt, np.int32), uid="p", sample=0, seed=0)
+    found = record([slot], [request], {"replayable": True}, spec)[0]
+    assert found.step_map()[: found.valid_len].tolist() == kept and found.response_len == len(response)
+    assert found.stop == ("eos" if eos in response else "length")
+
+
+def test_a_step_map_is_the_first_snapshot_that_shows_the_token():
+    """Vector V10: TraceRL's denoise_step_map, which counts from 0 where we count from 1."""
+    snapshots, mask = [[7, 99, 5, 99, 99], [7, 99, 5, 6, 99], [7, 4, 5, 6, 8]], 99
+    first = [min(i for i, canvas in enumerate(snapshots) if canvas[place] != mask) for place in range(5)]
+    order = np.argsort(first, kind="stable").astype(np.int32)
+    zeros = np.zeros(5, np.float32)
+    events = EventLog(
+        step=np.array(first, np.int32)[order], position=order, token=np.array(snapshots[-1], np.int32)[order],
+        kind=np.full(5, COMMIT, np.int8), logp=zeros, logp_t1=zeros, confidence=zeros, forced=np.zeros(5, bool),
+    )  # fmt: skip
+    trajectory = Trajectory(
+        uid="p", sample=0, seed=0, prompt_ids=np.array([1], np.int32), response_ids=np.array(snapshots[-1], np.int32),
+        valid_len=5, block_size=0, versions=np.zeros(1, np.int32), stop="length", events=events, decoder={},
+    )  # fmt: skip
+    assert (trajectory.step_map() - 1).tolist() == [0, 2, 0, 1, 2]
+    assert [trajectory.state(i + 1, mask).tolist() for i in range(3)] == snapshots
+
+
+@pytest.mark.parametrize("cache", ("none", "dual", "every"))
+def test_shifted_logits_need_no_first_token_by_force(cache):
+    """The row before a block is forwarded with it, so a block's first token passes the same test as the others; the reference
+    commits it untested, from the refresh. A cache that refreshes every step is exact here too."""
+    model = with_spec(tiny("full")[0], logit_shift=1)
+    tokens = prompts(tiny("full")[1], 6)
+    settings = {
+        "max_tokens": 12,
+        "block_size": 4,
+        "select": "threshold",
+        "threshold": 0.2,
+        "stop": "length",
+        "score": "sampled_prob",
+    }
+    plain, _ = sample(model, tokens, **settings)
+    options = {"options": {"every": 1}} if cache == "every" else {}
+    found, counters = sample(model, tokens, cache=cache, **settings, **options)
+    for one, other in zip(plain, found, strict=True):
+        for t in (one, other):
+            log = t.events
+            assert ((log.confidence >= 0.2 - 1e-6) | log.forced).all()
+            assert (np.bincount(log.step, weights=log.forced) <= 1).all(), "at most the best one is forced"
+        if cache != "dual":
+            np.testing.assert_array_equal(one.response_ids, other.response_ids)
+    if cache == "dual":
+        assert counters.rows < sum(12 * (12 + len(ids)) for ids in tokens)
+    else:
+        assert replay(model, found, 3).max() <= 1e-5

@@ -13,7 +13,7 @@ from rlpipe.errors import ConfigError
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.schedule import Doubling, Even, MaskGit, PerStep, TimeGrid
-from rlpipe.sampling.scoring import StepView, shuffled
+from rlpipe.sampling.scoring import SCORERS, StepView, shuffled
 from rlpipe.sampling.selection import (
     SELECTORS,
     Bernoulli,
@@ -28,7 +28,7 @@ from rlpipe.sampling.selection import (
     Threshold,
     WideIn,
 )  # fmt: skip
-from rlpipe.sampling.statistics import RowStatistics
+from rlpipe.sampling.statistics import RowStatistics, row_statistics
 
 
 def view(
@@ -290,3 +290,25 @@ def test_every_selector_samples_batch_independently_and_replays(kind, select):
         np.testing.assert_array_equal(alone[0].response_ids, together[i].response_ids)
         np.testing.assert_array_equal(alone[0].step_map(), together[i].step_map())
     assert replay(model, together, 3).max() <= 1e-5
+
+
+def test_two_positions_enumerated():
+    """Marginals .6/.4 and .7/.3, one commit a step. Chosen from the state: the second position, its tokens with exactly their
+    probabilities. Chosen by the drawn token's probability, as published: (first, a) and (first, b) come with .18 and .12 where
+    the token probabilities say .6 and .4, so their product is not the transition probability."""
+    count = 40_000
+    law = torch.log(torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3]])).repeat(count, 1)
+    noise = torch.rand(2 * count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = row_statistics(law, noise, 1.0)
+    laid_out = RowStatistics(*(values.view(count, 2) for values in drawn))
+    masked = torch.ones(count, 2, dtype=torch.bool)
+    frequency = {}
+    for name in ("max_prob", "sampled_prob"):
+        score = SCORERS[name].score(laid_out, torch.arange(2).expand(count, -1), torch.zeros(count, 2))
+        view_of = view([[0.0, 0.0]])._replace(score=score, masked=masked, quota=torch.ones(count, dtype=torch.int64))
+        commit, _ = Static()(view_of)
+        events = [(p, int(laid_out.token[i, p])) for i, p in commit.nonzero().tolist()]
+        frequency[name] = {event: events.count(event) / count for event in sorted(set(events))}
+    assert frequency["max_prob"] == pytest.approx({(1, 1): 0.7, (1, 2): 0.3}, abs=0.01)
+    published = {(0, 0): 0.18, (0, 1): 0.12, (1, 1): 0.7}
+    assert frequency["sampled_prob"] == pytest.approx(published, abs=0.01)
