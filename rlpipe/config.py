@@ -91,7 +91,10 @@ class VerifierConfig:
 
 @dataclass
 class AlgoConfig:
-    preset: str = "tracerl"
+    preset: str = (
+        "tracerl"  # a method: its row planner and its published numbers (rlpipe.objective_presets); keys beside it win
+    )
+    options: dict[str, Any] = field(default_factory=dict)  # numbers of its row planner, e.g. {count: 24} for agrpo
     prompts_per_step: int = 16
     samples_per_prompt: int = 8
     shrink: int = 1  # merge every s denoising steps into one row

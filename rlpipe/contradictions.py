@@ -29,11 +29,17 @@ CHOICES = {
     "rollout.decoder.cache": ("auto", "none", "block", "prefix", "dual", "vicinity", "every", "dkv_decode", "dkv_greedy"),
     "rollout.decoder.edit": ("none", "rcr", "wino", "remdm"),
     "rollout.decoder.stop": ("auto", "block", "prefix", "eotp", "length"),
-    "algo.preset": ("tracerl", "random_mask"),
+    "algo.preset": (
+        "tracerl", "random_mask", "dipo", "cj_grpo", "d2_stepmerge", "agrpo", "just_grpo", "diffu_grpo",
+    ),
     "algo.advantage": ("zscore", "mean", "leave_one_out"),
     "algo.kl_estimator": ("k1", "k2", "k3"),
-    "algo.normalizer": ("response_length", "row_mean", "sequence_mean", "token_mean", "constant"),
-    "algo.kl_normalizer": ("", "response_length", "row_mean", "sequence_mean", "token_mean", "constant", "row_sum"),
+    "algo.normalizer": (
+        "response_length", "row_mean", "step_mean", "sequence_mean", "response_sum", "token_mean", "constant",
+    ),
+    "algo.kl_normalizer": (
+        "", "response_length", "row_mean", "step_mean", "sequence_mean", "response_sum", "token_mean", "constant", "row_sum",
+    ),
     "algo.groups": ("keep", "drop", "refill"),
     "learner.lr_schedule": ("constant", "linear", "cosine"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
@@ -72,10 +78,10 @@ def check(cfg: RunConfig) -> list[str]:
         )
     if cfg.rollout.decoder.temperature == 0:
         raise ConfigError("rollout.decoder.temperature=0: greedy samples of a prompt are all equal and teach nothing")
-    if cfg.rollout.decoder.edit != "none" and cfg.algo.preset == "tracerl":
+    if cfg.rollout.decoder.edit != "none" and cfg.algo.preset != "random_mask":
         raise ConfigError(
             f"rollout.decoder.edit={cfg.rollout.decoder.edit}: tokens that are taken back leave no step map for "
-            "algo.preset=tracerl to replay; use an objective that needs none (random_mask), or edit=none"
+            f"algo.preset={cfg.algo.preset} to use; take an objective that needs none (random_mask), or edit=none"
         )
     _check_learner(cfg)
     _check_data(cfg)
@@ -191,8 +197,8 @@ def _check_batch(cfg: RunConfig) -> None:
             f"algo.accuracy_low={algo.accuracy_low} must be below algo.accuracy_high={algo.accuracy_high}; a group has "
             "signal if its mean reward lies between them"
         )
-    if algo.shrink > 1 and algo.preset == "random_mask":
-        raise ConfigError(f"algo.shrink={algo.shrink}: preset random_mask replays no steps that could be merged; leave it 1")
+    if algo.shrink > 1 and algo.preset not in ("tracerl", "dipo", "cj_grpo"):
+        raise ConfigError(f"algo.shrink={algo.shrink}: preset {algo.preset} replays no steps that could be merged; leave it 1")
 
 
 def _check_model(cfg: RunConfig) -> None:

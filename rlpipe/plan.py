@@ -76,7 +76,7 @@ def step_arithmetic(cfg: RunConfig) -> str:
     known = block_size(cfg)
     grid = 4 if known is None else known
     steps = math.ceil((grid or decoder.max_tokens) / decoder.tokens_per_step)
-    rows = 1 if algo.preset == "random_mask" else math.ceil(steps / algo.shrink)
+    rows = 1 if algo.preset in ("random_mask", "diffu_grpo") else math.ceil(steps / algo.shrink)
     sequence, sequences = (decoder.max_tokens * (1 + rows), 1) if grid else (decoder.max_tokens, rows)
     packed = sequence * sequences
     per_update = responses // algo.updates_per_step

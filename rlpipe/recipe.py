@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rlpipe.config import RunConfig
 from rlpipe.contradictions import check, decoder_of_eval
 from rlpipe.decoder_presets import preset_settings
 from rlpipe.errors import ConfigError
+from rlpipe.objective_presets import algo_settings
 from rlpipe.schema import flat, flatten
 
 __all__ = ["check", "decoder_of_eval", "differences", "document", "fingerprint", "load", "to_yaml"]
@@ -177,8 +178,9 @@ def _merge(cfg: Any, layer: _Layer) -> Any:
         OmegaConf.update(layer.tree, key, {})  # a section with every line commented out
     if said.get("data.task", cfg.data.task) != cfg.data.task:  # options belong to a task: another one's would be refused
         OmegaConf.update(cfg, "data.options", {}, merge=False)
-    if said.get("rollout.decoder.preset"):
-        _expand_preset(cfg, layer)
+    for section, settings_of in (("rollout.decoder", preset_settings), ("algo", algo_settings)):
+        if said.get(f"{section}.preset"):
+            _expand_preset(cfg, layer, section, settings_of)
     try:
         return OmegaConf.merge(cfg, layer.tree)
     except OmegaConfBaseException as error:
@@ -189,17 +191,18 @@ def _merge(cfg: Any, layer: _Layer) -> Any:
         raise ConfigError(f"{layer.place(key)}: {key}={value!r} ({type(value).__name__}): {expected}") from error
 
 
-def _expand_preset(cfg: Any, layer: _Layer) -> None:
-    """A named decoder lies over what earlier layers say and under what this one says beside it."""
+def _expand_preset(cfg: Any, layer: _Layer, section: str, settings_of: Callable[[str], dict[str, Any]]) -> None:
+    """A named decoder or method lies over what earlier layers say and under what this one says beside it."""
     from omegaconf import OmegaConf
 
-    given = layer.tree.rollout.decoder
+    given = OmegaConf.select(layer.tree, section)
     try:
-        settings = preset_settings(str(given.preset))
+        settings = settings_of(str(given.preset))
     except ConfigError as error:
-        raise ConfigError(f"{layer.place('rollout.decoder.preset')}: {error}") from error
-    OmegaConf.update(cfg, "rollout.decoder.options", {}, merge=False)
-    layer.tree.rollout.decoder = OmegaConf.merge(settings, given)
+        raise ConfigError(f"{layer.place(f'{section}.preset')}: {error}") from error
+    if "options" in settings:
+        OmegaConf.update(cfg, f"{section}.options", {}, merge=False)
+    OmegaConf.update(layer.tree, section, OmegaConf.merge(settings, given), merge=False)
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -138,8 +138,11 @@ def check_parts(cfg: RunConfig, source) -> None:
     load_verifier(cfg.verifier.name or source.verifier)
     size = block_size(cfg) or 0
     spec = DiffusionSpec(mask_token_id=0, attention="block" if size else "full", block_size=size)
-    for decoder in (cfg.rollout.decoder, decoder_of_eval(cfg)):
-        Decoder.resolve(decoder, spec)
+    for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
+        try:
+            Decoder.resolve(decoder, spec)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
 
 
 def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:

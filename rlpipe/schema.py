@@ -14,7 +14,12 @@ from typing import Any
 from rlpipe import config
 from rlpipe.config import RunConfig
 
-FREE = ("data.options", "eval.decoder", "rollout.decoder.options")  # mappings whose own keys are not the schema's
+FREE = (
+    "algo.options",
+    "data.options",
+    "eval.decoder",
+    "rollout.decoder.options",
+)  # mappings whose own keys are not the schema's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

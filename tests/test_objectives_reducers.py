@@ -62,8 +62,10 @@ def test_means_add_up_to_one():
 def test_equal_counts_make_the_means_equal():
     """Static decoding, equal counts: the means over tokens, over rows and over responses are one."""
     rows = [rows_of(np.kron(np.eye(4), np.ones((1, 2)))) for _ in range(3)]
-    weights = {name: np.concatenate(token_weights(rows, normalizer=name, response_lens=[8] * 3)) for name in NORMALIZERS[:4]}
+    weights = {name: np.concatenate(token_weights(rows, normalizer=name, response_lens=[8] * 3)) for name in NORMALIZERS[:6]}
     assert weights["row_mean"] == pytest.approx(weights["sequence_mean"])
+    assert weights["row_mean"] == pytest.approx(weights["step_mean"])
+    assert weights["response_sum"] == pytest.approx(weights["row_mean"] * 8), "eight tokens a response"
     assert weights["row_mean"] == pytest.approx(weights["token_mean"])
     ratio = weights["response_length"] / weights["row_mean"]
     assert ratio == pytest.approx(ratio[0])

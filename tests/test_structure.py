@@ -13,11 +13,11 @@ from rlpipe import schema
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rlpipe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CONFIG_LEAVES = 113  # every new one is a decision
+CONFIG_LEAVES = 114  # every new one is a decision
 FLOORS = (  # imports go down only; units of one floor do not import each other
     {"errors"},
     {"trajectory", "config", "voting"},
-    {"cluster", "schema", "decoder_presets"},
+    {"cluster", "schema", "decoder_presets", "objective_presets"},
     {"actor_pool", "contradictions"},
     {"models"},
     {"sampling", "objectives", "verifiers", "data"},

@@ -6,7 +6,7 @@ Adding a method means one entry in `PRESETS` and at most one new function of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from rlpipe.config import AlgoConfig
 from rlpipe.errors import ConfigError
 from rlpipe.objectives.advantages import ADVANTAGES, group_advantages
+from rlpipe.objectives.estimators import AllMasked, LeftToRight, SampledSteps, Segments
 from rlpipe.objectives.losses import KL_ESTIMATORS, RatioUnit, importance_weight, kl_penalty, policy_loss, token_log_ratio
 from rlpipe.objectives.planner import Planner, RandomMask, Replay
 from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS, token_weights
@@ -28,21 +29,39 @@ from rlpipe.trajectory import Trajectory
 class Preset:
     """The five choices of a method; the recipe's `algo` section supplies their numbers.
 
-    planner: makes a `Planner` of the recipe · ratio_unit: see `token_log_ratio` · advantage: see `group_advantages` ·
-    policy_loss: see `losses.policy_loss` · reducer: see `token_weights` · uses_shrink: algo.shrink matters to it.
+    planner: the class of its row planner; algo.shrink and algo.options fill its fields · ratio_unit: see `token_log_ratio` ·
+    advantage: see `group_advantages` · policy_loss: see `losses.policy_loss` · reducer: see `token_weights`.
     """
 
-    planner: Callable[[AlgoConfig], Planner]
+    planner: type[Planner]
     ratio_unit: RatioUnit = token_log_ratio
     advantage: Callable[[np.ndarray, str], np.ndarray] = group_advantages
     policy_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = policy_loss
     reducer: Callable[..., list[np.ndarray]] = token_weights
-    uses_shrink: bool = True
+
+    def make_planner(self, algo: AlgoConfig) -> Planner:
+        """Raises ConfigError for a number that the planner does not have, with the nearest one."""
+        known = [field.name for field in fields(self.planner)]
+        for name in algo.options:
+            if name not in known or name == "shrink":
+                near = get_close_matches(name, [k for k in known if k != "shrink"], 1, 0.0)
+                hint = f"; did you mean {near[0]}?" if near else ", it has none"
+                raise ConfigError(f"algo.options.{name}: the rows of preset {algo.preset} have no such number{hint}")
+        if algo.shrink < 1 or (algo.shrink != 1 and "shrink" not in known):
+            wanted = "must be at least 1" if "shrink" in known else f"preset {algo.preset} merges no steps; leave it 1"
+            raise ConfigError(f"algo.shrink={algo.shrink}: {wanted}")
+        return self.planner(**({"shrink": algo.shrink} if "shrink" in known else {}), **algo.options)
 
 
 PRESETS: dict[str, Preset] = {
-    "tracerl": Preset(planner=lambda algo: Replay(algo.shrink)),
-    "random_mask": Preset(planner=lambda algo: RandomMask(), uses_shrink=False),
+    "tracerl": Preset(planner=Replay),
+    "random_mask": Preset(planner=RandomMask),
+    "dipo": Preset(planner=Replay),
+    "cj_grpo": Preset(planner=Replay),
+    "d2_stepmerge": Preset(planner=Segments),
+    "agrpo": Preset(planner=SampledSteps),
+    "just_grpo": Preset(planner=LeftToRight),
+    "diffu_grpo": Preset(planner=AllMasked),
 }
 
 
@@ -131,13 +150,10 @@ def build_objective(algo: AlgoConfig, max_tokens: int | None = None) -> Objectiv
     if algo.kl_normalizer:
         _known("kl_normalizer", algo.kl_normalizer, KL_NORMALIZERS)
     preset = PRESETS[algo.preset]
-    if algo.shrink < 1 or (algo.shrink != 1 and not preset.uses_shrink):
-        wanted = "must be at least 1" if preset.uses_shrink else f"preset {algo.preset} merges no steps; leave it 1"
-        raise ConfigError(f"algo.shrink={algo.shrink}: {wanted}")
     for name in ("clip_low", "clip_high", "kl_coef"):
         if not getattr(algo, name) >= 0:
             raise ConfigError(f"algo.{name}={getattr(algo, name)}: must not be negative")
-    return Objective(preset, algo, preset.planner(algo), max_tokens)
+    return Objective(preset, algo, preset.make_planner(algo), max_tokens)
 
 
 def _known(key: str, value: str, choices: Sequence[str]) -> None:

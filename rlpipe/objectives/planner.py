@@ -23,16 +23,18 @@ class Planner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The rollout's own states, `shrink` denoising steps to a row; see `plan_replay`."""
+    """The rollout's own states, `shrink` denoising steps to a row; see `plan_replay`. tail: tokens behind EOS are scored too
+    (CJ-GRPO)."""
 
     shrink: int = 1
+    tail: bool = False
 
     @property
     def replays_rollout(self) -> bool:
         return self.shrink == 1
 
     def plan(self, trajectory: Trajectory, rng: np.random.Generator) -> Rows:
-        return plan_replay(trajectory, self.shrink)
+        return rows_by_rank(trajectory, step_ranks(trajectory, self.shrink), self.tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +106,31 @@ def plan_replay(trajectory: Trajectory, shrink: int = 1) -> Rows:
     the prompt fills whole blocks; it cuts the terminal block at EOS and shows MASK for tokens that the sampler had
     committed; and it counts the padding to be trained per row for block models but per sequence for full attention.
     """
-    steps, loss_mask = trajectory.step_map(), trajectory.loss_mask()
+    return rows_by_rank(trajectory, step_ranks(trajectory, shrink))
+
+
+def step_ranks(trajectory: Trajectory, shrink: int = 1) -> np.ndarray:
+    """int64[L]: which row of a replay scores a token: its slice of `shrink` steps inside its block; -1 for tokens that were
+    fixed beforehand, L for those that were never committed."""
+    steps = trajectory.step_map()
     committed = np.flatnonzero(steps)
-    rank = np.full(trajectory.response_len, trajectory.response_len, np.int64)  # never committed: after every slice
-    rank[trajectory.preset() & (steps == 0)] = -1  # fixed beforehand: never masked
+    rank = np.full(trajectory.response_len, trajectory.response_len, np.int64)
+    rank[trajectory.preset() & (steps == 0)] = -1
     rank[committed] = slice_ranks(steps[committed], response_blocks(trajectory)[committed], shrink)
+    return rank
+
+
+def rows_by_rank(trajectory: Trajectory, rank: np.ndarray, tail: bool = False) -> Rows:
+    """Row r masks the tokens of rank >= r and scores those of rank r that count; rows that would score nothing are left out.
+    tail: what the sampler drew behind `valid_len` is scored too."""
+    steps, counted = trajectory.step_map(), trajectory.loss_mask()
+    if tail:
+        counted = (steps > 0) & ~trajectory.preset()
+    drawn = np.flatnonzero(steps)
     first = np.full(trajectory.response_len + 1, np.iinfo(np.int32).max, np.int32)
-    np.minimum.at(first, rank[committed], steps[committed] - 1)
-    kept = np.unique(rank[loss_mask])
-    return Rows(
-        masked=rank >= kept[:, None],
-        scored=(rank == kept[:, None]) & loss_mask,
-        step=first[kept],
-    )
+    np.minimum.at(first, rank[drawn], steps[drawn] - 1)
+    kept = np.unique(rank[counted])
+    return Rows(masked=rank >= kept[:, None], scored=(rank == kept[:, None]) & counted, step=first[kept])
 
 
 def random_rows(trajectory: Trajectory, rng: np.random.Generator, draws: int = 1, low: float = 0.1, high: float = 0.9) -> Rows:
