@@ -43,7 +43,7 @@ def token_weights(
         raise ValueError(f"{len(rows)} row plans, {len(response_lens)} response lengths")
     counts = [part.scored.sum(1) for part in rows]  # n_row, per response
     weights = _weights(rows, counts, normalizer, response_lens, max_tokens)
-    own = (np.repeat(part.row_weight(), n) for part, n in zip(rows, counts, strict=True))
+    own = (part.entry_weight() for part in rows)
     return [(weight * mine).astype(np.float32) for weight, mine in zip(weights, own, strict=True)]
 
 
