@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from rlpipe.errors import NoLiveGroups, VerifierFailed
 from rlpipe.monitor.monitor import Monitor, SampleRow
 from rlpipe.objectives.advantages import has_signal
 from rlpipe.objectives.objective import Objective
+from rlpipe.objectives.step_credit import step_advantages
 from rlpipe.rollout.pool import Group, RolloutPool
 from rlpipe.sampling.engine import EngineCounters
-from rlpipe.trajectory import Trajectory
+from rlpipe.trajectory import Trajectory, replace
 from rlpipe.verifiers.pool import VerifierPool
 
 
@@ -56,11 +58,13 @@ class Harvest:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts over the rounds of one step."""
+    """Counts over the rounds of one step. texts: responses and predictions to score · calls: of the verifier for them."""
 
     sampled: list[Group] = field(default_factory=list)
     failed: list[VerifierFailed] = field(default_factory=list)
     rounds: int = 0
+    texts: int = 0
+    calls: int = 0
     counters: EngineCounters = field(default_factory=EngineCounters)
     rollout_s: float = 0.0
     verify_s: float = 0.0
@@ -80,6 +84,7 @@ class Collector:
     ):
         self.cfg, self.cursor, self.objective, self.monitor = cfg, cursor, objective, monitor
         self.rollouts, self.verifiers = rollouts, verifiers
+        self.stride = objective.planner.stride if objective.needs_step_rewards else 0  # between recorded predictions; 0: none
 
     def collect(self, step: int) -> Harvest:
         """Groups with a learning signal. Under `groups: refill` those without one are replaced by fresh prompts, for up to
@@ -102,20 +107,27 @@ class Collector:
         prompts, algo = self.cursor.take(count), self.cfg.algo
         started = time.perf_counter()
         what = f"step {step}: sampling {count} prompts × {algo.samples_per_prompt}"
-        groups, counters = self.rollouts.generate(prompts, algo.samples_per_prompt, self.cfg.rollout.decoder, what=what)
+        groups, counters = self.rollouts.generate(
+            prompts, algo.samples_per_prompt, self.cfg.rollout.decoder, what=what, predictions=self.stride
+        )
         sampled_at = time.perf_counter()
-        scores = self.verifiers.score_groups([[(group.prompt, text) for text in group.texts] for group in groups])
+        texts = [_different_texts(group) if self.stride else group.texts for group in groups]
+        scores = self.verifiers.score_groups(
+            [[(group.prompt, text) for text in own] for group, own in zip(groups, texts, strict=True)]
+        )
         tally.rollout_s += sampled_at - started
         tally.verify_s += time.perf_counter() - sampled_at
         tally.counters = tally.counters + counters
+        tally.calls += sum(map(len, texts))
+        tally.texts += sum(len(group.texts) + sum(map(len, group.step_index)) for group in groups)
         scored = []
-        for group, score in zip(groups, scores, strict=True):
+        for group, own, score in zip(groups, texts, scores, strict=True):
             if isinstance(score, VerifierFailed):  # the whole group goes; a failure is never a reward
                 self.monitor.warn(f"step {step}: {score}")
                 tally.failed.append(score)
                 continue
-            group.parts = score
-            group.rewards = np.array([part["reward"] for part in score], np.float32)
+            group.parts = _take_step_rewards(group, dict(zip(own, score, strict=True))) if self.stride else score
+            group.rewards = np.array([part["reward"] for part in group.parts], np.float32)
             scored.append(group)
         tally.sampled += scored
         attempted = len(tally.sampled) + len(tally.failed)
@@ -127,7 +139,15 @@ class Collector:
         return scored
 
     def _has_signal(self, group: Group) -> bool:
-        return has_signal(group.rewards, self.cfg.algo.accuracy_low, self.cfg.algo.accuracy_high)
+        """With step credit the rewards of all predictions are judged together: a group may be wrong in the end throughout and
+        still teach which steps went astray."""
+        rewards = group.rewards
+        if self.stride:
+            steps = [trajectory.step_rewards for trajectory in group.trajectories]
+            if not any(own.any() for own in step_advantages(steps)):
+                return False
+            rewards = np.concatenate(steps)
+        return has_signal(rewards, self.cfg.algo.accuracy_low, self.cfg.algo.accuracy_high)
 
     def _nothing_to_learn(self, step: int, tally: Tally) -> str:
         rewards = np.concatenate([group.rewards for group in tally.sampled]) if tally.sampled else np.zeros(0)
@@ -155,6 +175,7 @@ class Collector:
             f"reward/{name}": float(np.mean([part[name] for g in tally.sampled for part in g.parts if name in part]))
             for name in names
         }
+        parts |= self._step_metrics(records, rewards, tally)
         return parts | {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
@@ -176,3 +197,30 @@ class Collector:
             "perf/rows_per_token": counters.rows / max(1, counters.tokens),
             "perf/head_rows_per_token": counters.head_rows / max(1, counters.tokens),
         }
+
+    def _step_metrics(self, records: Sequence[Trajectory], rewards: np.ndarray, tally: Tally) -> dict[str, float]:
+        """Of all sampled predictions: their mean reward, and the share of responses that some prediction of theirs surpassed
+        (for rewards of 0 and 1: right on the way, wrong in the end); and the share of texts whose verdict another had."""
+        if not self.stride:
+            return {}
+        best = np.array([t.step_rewards.max() for t in records])
+        return {
+            "reward/step_mean": float(np.concatenate([t.step_rewards for t in records]).mean()),
+            "reward/backslide_share": float((best > rewards).mean()),
+            "reward/verifier_calls": float(tally.calls),
+            "reward/verifier_calls_saved": 1.0 - tally.calls / tally.texts,
+            "perf/predictions_mb": sum(t.predictions.nbytes for t in records) / 2**20,
+        }
+
+
+def _different_texts(group: Group) -> list[str]:
+    """Every text of a group's responses and predictions once: a verdict is of the prompt and the text alone."""
+    return list(dict.fromkeys([*group.texts, *chain.from_iterable(group.step_texts)]))
+
+
+def _take_step_rewards(group: Group, verdicts: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+    """Give each trajectory the rewards of its predictions, from the verdict on each text; returns those on the responses."""
+    rewards = [np.array([verdicts[text]["reward"] for text in texts], np.float32) for texts in group.step_texts]
+    steps = zip(group.trajectories, rewards, group.step_index, strict=True)
+    group.trajectories = [replace(trajectory, step_rewards=own[index]) for trajectory, own, index in steps]
+    return [verdicts[text] for text in group.texts]

@@ -98,13 +98,22 @@ class AlgoConfig:
     prompts_per_step: int = 16
     samples_per_prompt: int = 8
     shrink: int = 1  # merge every s denoising steps into one row
-    advantage: str = "zscore"  # zscore | mean | leave_one_out
+    advantage: str = "zscore"  # zscore | mean | leave_one_out | softmax
+    ratio: str = "token"  # what is clipped as one: token | position (over its rows) | step | sequence
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_dual: float = 0.0  # above 1: with a negative advantage A the loss is at most this times |A|; 0: off
+    clip_dynamic: bool = False  # bounds that widen for what was unlikely (DCPO) instead of 1 - clip_low and 1 + clip_high
     importance_cap: float = 2.0  # truncates importance weights of tokens that an approximate or changed sampler drew
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"  # k1 | k2 | k3, against the policy that opened the step
-    normalizer: str = "token_mean"  # response_length | row_mean | sequence_mean | token_mean | constant
+    kl_estimator: str = "k3"  # k1 | k2 | k3, of each unit of the ratio
+    kl_reference: str = "old"  # old: the policy that opened the step | initial | lagged: a copy that follows the policy
+    kl_lag: int = 64  # steps between two moves of the lagged reference
+    kl_mix: float = 0.6  # lagged reference <- kl_mix · policy + (1 - kl_mix) · itself
+    random_share: float = 0.0  # of the responses, by chance: random masking of the answer instead of the preset's rows
+    score_share: float = 1.0  # of a response's tokens: the loss scores those that were committed with least confidence
+    score_by: str = "confidence"  # confidence | forced: only tokens that no test of the decoder would have committed
+    normalizer: str = "token_mean"  # per unit of the ratio: see rlpipe.objectives.reducers
     kl_normalizer: str = ""  # empty: as normalizer; row_sum is the published full-attention TraceRL
     updates_per_step: int = 2  # optimizer updates a step and epoch
     epochs: int = 1
@@ -129,17 +138,25 @@ class LearnerConfig:
     grad_clip: float = 1.0
     zero_stage: int = 1
     offload: bool = False  # optimizer (and at stage 3 parameters) to CPU memory
-    token_budget: int = 8192  # tokens of a micro-batch, padding included
+    token_budget: int = 8192  # tokens of a micro-batch: a group's prompt once, clean copies once, noisy rows
     activation_checkpointing: bool = False
+    lora_rank: int = 0  # 0: all weights are trained
+    lora_alpha: float = 0.0  # adapters count alpha / rank; 0: as rank
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     bucket_mb: int = 256  # of a weight export
     timeout_s: float = 1800.0  # of one update
 
 
 @dataclass
 class ValueConfig:
-    enabled: bool = False
-    path: str = ""  # empty: as the policy
+    enabled: bool = False  # a value model of its own, with as many ranks as the learner
+    path: str = ""  # a folder, a run's checkpoints/…/value_model for one; empty: starts as the policy
     lr: float = 5e-6
+    clip: float = 0.2  # of a value's change since the step began, in units of the group-relative reward
+    gate: float = 0.0  # below this explained variance the policy is trained on group advantages while the value model learns
     gamma: float = 1.0
     lam: float = 1.0
 

@@ -13,6 +13,7 @@ from typing import Any
 from rlpipe.config import DecoderConfig, RunConfig
 from rlpipe.decoder_presets import preset_settings
 from rlpipe.errors import ConfigError, ModelError
+from rlpipe.objective_presets import ALGO_PRESETS, WITHOUT_STEP_MAP
 from rlpipe.schema import flat, keys
 
 TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
@@ -29,16 +30,19 @@ CHOICES = {
     "rollout.decoder.cache": ("auto", "none", "block", "prefix", "dual", "vicinity", "every", "dkv_decode", "dkv_greedy"),
     "rollout.decoder.edit": ("none", "rcr", "wino", "remdm"),
     "rollout.decoder.stop": ("auto", "block", "prefix", "eotp", "length"),
-    "algo.preset": (
-        "tracerl", "random_mask", "dipo", "cj_grpo", "d2_stepmerge", "agrpo", "just_grpo", "diffu_grpo",
-    ),
-    "algo.advantage": ("zscore", "mean", "leave_one_out"),
+    "algo.preset": tuple(ALGO_PRESETS),
+    "algo.advantage": ("zscore", "mean", "leave_one_out", "softmax"),
+    "algo.ratio": ("token", "position", "step", "sequence"),
     "algo.kl_estimator": ("k1", "k2", "k3"),
+    "algo.kl_reference": ("old", "initial", "lagged"),
+    "algo.score_by": ("confidence", "forced"),
     "algo.normalizer": (
-        "response_length", "row_mean", "step_mean", "sequence_mean", "response_sum", "token_mean", "constant",
+        "response_length", "row_mean", "step_mean", "step_sum", "sequence_mean", "response_sum", "token_mean", "length_mean",
+        "constant",
     ),
     "algo.kl_normalizer": (
-        "", "response_length", "row_mean", "step_mean", "sequence_mean", "response_sum", "token_mean", "constant", "row_sum",
+        "", "response_length", "row_mean", "step_mean", "step_sum", "sequence_mean", "response_sum", "token_mean",
+        "length_mean", "constant", "row_sum", "length_sum",
     ),
     "algo.groups": ("keep", "drop", "refill"),
     "learner.lr_schedule": ("constant", "linear", "cosine"),
@@ -49,21 +53,22 @@ ABOVE_ZERO = (
     "rollout.workers", "rollout.threads", "rollout.batch_size", "rollout.timeout_s", "rollout.decoder.max_tokens",
     "rollout.decoder.tokens_per_step", "verifier.workers", "verifier.batch_size",
     "verifier.timeout_s", "algo.prompts_per_step", "algo.samples_per_prompt", "algo.shrink", "algo.updates_per_step",
-    "algo.epochs",
+    "algo.epochs", "algo.kl_lag", "algo.kl_mix", "algo.score_share",
     "algo.importance_cap", "learner.workers", "learner.threads", "learner.lr", "learner.eps", "learner.token_budget",
-    "learner.bucket_mb", "learner.timeout_s", "value.lr", "eval.prompts", "eval.samples", "checkpoint.keep",
+    "learner.bucket_mb", "learner.timeout_s", "value.lr", "value.clip", "eval.prompts", "eval.samples", "checkpoint.keep",
     "cluster.object_store_mb", "cluster.start_timeout_s",
 )  # fmt: skip
 MAY_BE_NEGATIVE = ("algo.accuracy_low", "algo.accuracy_high")  # rewards need not lie in [0, 1]
 AT_MOST = {
     "rollout.decoder.threshold": 1.0, "rollout.decoder.eos_gamma": 1.0,
-    "verifier.max_failed_groups": 1.0, "algo.clip_low": 1.0, "learner.zero_stage": 3,
-    "value.gamma": 1.0, "value.lam": 1.0,
+    "verifier.max_failed_groups": 1.0, "algo.clip_low": 1.0, "algo.kl_mix": 1.0, "algo.random_share": 1.0,
+    "algo.score_share": 1.0, "learner.zero_stage": 3,
+    "value.gamma": 1.0, "value.lam": 1.0, "value.gate": 1.0, "learner.lora_dropout": 1.0,
 }  # fmt: skip
 
 
 def check(cfg: RunConfig) -> list[str]:
-    """Warnings, or ConfigError for the first contradiction. Only a plan (`dry_run`) may ask for a value model."""
+    """Warnings, or ConfigError for the first contradiction."""
     values = flat(cfg)
     _check_choices(values)
     _check_bounds(values)
@@ -78,18 +83,14 @@ def check(cfg: RunConfig) -> list[str]:
         )
     if cfg.rollout.decoder.temperature == 0:
         raise ConfigError("rollout.decoder.temperature=0: greedy samples of a prompt are all equal and teach nothing")
-    if cfg.rollout.decoder.edit != "none" and cfg.algo.preset != "random_mask":
-        raise ConfigError(
-            f"rollout.decoder.edit={cfg.rollout.decoder.edit}: tokens that are taken back leave no step map for "
-            f"algo.preset={cfg.algo.preset} to use; take an objective that needs none (random_mask), or edit=none"
-        )
+    _check_algo(cfg)
     _check_learner(cfg)
     _check_data(cfg)
-    if cfg.value.enabled and not cfg.dry_run:
-        raise ConfigError("value.enabled=true: value models are not in this version; set it to false, or dry_run=true to plan")
+    _check_value(cfg)
     return _warnings(cfg)
 
 
+VALUED = ("tracerl", "dipo", "cj_grpo")  # methods whose rows replay a rollout, each token in one row
 INEXACT = (("cache", ("auto", "none", "block")), ("fuse", ("none",)), ("top_p", (1.0,)), ("top_k", (0,)))
 PIECES = ("schedule", "select", "score", "confidence", "fuse", "cache", "edit", "stop")
 
@@ -201,6 +202,43 @@ def _check_batch(cfg: RunConfig) -> None:
         raise ConfigError(f"algo.shrink={algo.shrink}: preset {algo.preset} replays no steps that could be merged; leave it 1")
 
 
+def _check_algo(cfg: RunConfig) -> None:
+    algo, edit = cfg.algo, cfg.rollout.decoder.edit
+    if algo.clip_dual and algo.clip_dual <= 1 + algo.clip_high:
+        raise ConfigError(
+            f"algo.clip_dual={algo.clip_dual} must be above 1 + algo.clip_high={1 + algo.clip_high:g}, so that it bounds what "
+            "clipping leaves; 3 is usual, 0 switches it off"
+        )
+    if algo.score_by == "forced" and algo.score_share < 1:
+        raise ConfigError(f"algo.score_share={algo.score_share}: algo.score_by=forced scores all forced tokens; leave it 1")
+    if cfg.value.enabled and algo.ratio != "token":
+        raise ConfigError(
+            f"algo.ratio={algo.ratio}: a value model gives every token an advantage of its own; set algo.ratio=token"
+        )
+    if algo.preset == "mdpo" and block_size(cfg):
+        raise ConfigError(
+            f"algo.preset=mdpo scores what the model predicts of a whole answer at every step, and {cfg.model.path} sees one "
+            "block at a time; use a model with full attention"
+        )
+    if algo.preset == "mdpo" and cfg.rollout.decoder.cache not in ("auto", "none"):
+        raise ConfigError(
+            f"rollout.decoder.cache={cfg.rollout.decoder.cache}: algo.preset=mdpo reads a prediction of every position at each "
+            "step, and a cache leaves some out; use cache=none"
+        )
+    if edit == "none":
+        return
+    if algo.preset not in WITHOUT_STEP_MAP:
+        raise ConfigError(
+            f"rollout.decoder.edit={edit}: tokens that are taken back leave no step map for algo.preset={algo.preset} to use; "
+            f"take an objective that needs none ({', '.join(WITHOUT_STEP_MAP)}), or edit=none"
+        )
+    if algo.score_share < 1 or algo.score_by == "forced":
+        raise ConfigError(
+            f"rollout.decoder.edit={edit}: a token that is taken back has no one confidence to choose it by; set "
+            "algo.score_share=1 and score_by=confidence, or edit=none"
+        )
+
+
 def _check_model(cfg: RunConfig) -> None:
     model = cfg.model
     if model.path.startswith("tiny:") and model.path not in TINY_BLOCK_SIZE:
@@ -244,6 +282,14 @@ def _check_learner(cfg: RunConfig) -> None:
         if gpus % 1 and (gpus > 1 or workers > 1):
             reason = "two ranks on one GPU cannot form a group" if gpus < 1 else "Ray gives out whole GPUs above 1"
             raise ConfigError(f"{key}.gpus={gpus:g}: {reason}; use {max(1, round(gpus))}, or 0 for CPUs")
+
+
+def _check_value(cfg: RunConfig) -> None:
+    if cfg.value.enabled and cfg.algo.preset not in VALUED:
+        raise ConfigError(
+            f"value.enabled=true: algo.preset={cfg.algo.preset} does not score each token of a rollout once, so a token has no "
+            f"single value; use {' or '.join(VALUED)}"
+        )
 
 
 def _check_data(cfg: RunConfig) -> None:

@@ -17,8 +17,9 @@ from rlpipe.cluster import Placement
 from rlpipe.collection import Collector, Harvest
 from rlpipe.config import RunConfig
 from rlpipe.evaluation import evaluate, evaluate_hex
-from rlpipe.learner.group import LearnerGroup
-from rlpipe.learner.step import plan_step
+from rlpipe.learner.credit import finalize_value, with_values
+from rlpipe.learner.group import LearnerGroup, RankGroup, ValueGroup
+from rlpipe.learner.step import StepPlan, plan_step
 from rlpipe.monitor.monitor import Monitor
 from rlpipe.objectives.objective import build_objective
 from rlpipe.recipe import decoder_of_eval, fingerprint
@@ -57,6 +58,7 @@ class Driver:
         }
         monitor.note("starting the workers")
         self.learner = LearnerGroup(cfg, model_folder, placement)
+        self.value = ValueGroup(cfg, model_folder, placement) if cfg.value.enabled else None
         self.rollouts = RolloutPool(cfg, model_folder, placement)
         self.verifiers = VerifierPool(cfg.verifier, source.verifier, placement)
         self.collector = Collector(cfg, cursor, self.rollouts, self.verifiers, self.objective, monitor)
@@ -86,7 +88,7 @@ class Driver:
         return self.summary()
 
     def learn(self, harvest: Harvest) -> dict[str, float]:
-        """Rows, old log-probabilities, the parity gauge, then the optimizer updates."""
+        """Rows, advantages, the optimizer updates, and the parity gauge that they are checked by."""
         algo, started = self.cfg.algo, time.perf_counter()
         plan = plan_step(
             harvest.trajectories,
@@ -96,17 +98,36 @@ class Driver:
             gauge_trajectories=self.cfg.parity.trajectories,
             rng=np.random.default_rng([self.cfg.seed, self.step, SHUFFLE]),
         )
-        learner, rollout, exact = self.learner.score(plan.samples, plan.updates, plan.gauge)
-        metrics = parity.gauge(learner[exact], rollout[exact], algo.clip_low, algo.clip_high)
+        metrics: dict[str, float] = {}
+        if self.value is not None:
+            plan, metrics, pending = self.judge(plan, harvest)
+        updates, (learner, rollout, exact) = self.learner.train(plan)
+        metrics |= parity.gauge(learner[exact], rollout[exact], algo.clip_low, algo.clip_high)
         metrics |= parity.gap(learner[~exact], rollout[~exact])
         metrics["parity/group_diversity"] = parity.diversity([group.texts for group in harvest.groups])
         parity.check(metrics, self.cfg.parity, self.step)
-        updates = self.learner.update()
         metrics |= self.objective.finalize_updates(updates)
+        if self.value is not None:
+            metrics |= finalize_value(self.value.finish_training(pending))
         metrics["algo/rows"] = float(plan.rows)
         metrics["perf/update_s"] = time.perf_counter() - started
         metrics["perf/update_tokens_per_s"] = plan.packed_tokens * algo.epochs / metrics["perf/update_s"]
         return metrics
+
+    def judge(self, plan: StepPlan, harvest: Harvest) -> tuple[StepPlan, dict[str, float], list]:
+        """Advantages and returns from the value model as it is before the step, and its updates set off."""
+        value = self.cfg.value
+        plan, metrics = with_values(
+            plan,
+            harvest.trajectories,
+            harvest.advantages,
+            self.value.score(plan),
+            gamma=value.gamma,
+            lam=value.lam,
+            shrink=self.cfg.algo.shrink,
+            gate=value.gate,
+        )
+        return plan, metrics, self.value.start_training(plan)
 
     def sync_weights(self) -> None:
         """The learner's weights to every rollout worker; ends with version and checksum equality on all of them."""
@@ -159,15 +180,24 @@ class Driver:
             "fingerprint": fingerprint(cfg),
             "learner": self.shape(),
         }
-        folder = checkpoint.write(self.run_dir, self.step, state, self.learner.save, cfg.checkpoint.keep)
+        folder = checkpoint.write(self.run_dir, self.step, state, self.save_weights, cfg.checkpoint.keep)
         log.info("checkpoint of step %d in %s", self.step, folder)
+
+    def save_weights(self, folder: str) -> None:
+        for group in self.trained():
+            group.save(folder)
+
+    def trained(self) -> list[RankGroup]:
+        """The models that learn."""
+        return [self.learner] if self.value is None else [self.learner, self.value]
 
     def resume(self) -> None:
         """Continue from a checkpoint, if the run was given one."""
         if self.resume_from is None:
             return
         saved = checkpoint.read_state(self.resume_from)
-        self.learner.load(str(self.resume_from))
+        for group in self.trained():
+            group.load(str(self.resume_from))
         self.cursor.restore(saved["cursor"])
         self.state = {k: v for k, v in saved.items() if k not in ("cursor", "monitor", "fingerprint", "learner")}
         self.monitor.note(f"resumed from {self.resume_from} at step {self.step}")
@@ -193,4 +223,5 @@ class Driver:
         """End the workers; safe after any failure."""
         self.rollouts.close()
         self.verifiers.close()
-        self.learner.close()
+        for group in self.trained():
+            group.close()

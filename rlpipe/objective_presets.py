@@ -1,7 +1,9 @@
 """Published methods as settings of `algo`: what `algo.preset=NAME` sets beside its row planner.
 
-`tracerl` and `random_mask` set nothing: their numbers are the schema's defaults and the recipe's own. The published KL terms
-are against a reference model (except TraceRL's); ours is against the policy that opened the step.
+`tracerl` and `random_mask` set little: their numbers are the schema's defaults and the recipe's own. Every other preset sets
+all that makes a method, so that naming another one leaves nothing of the first. Where the published KL term is against the
+model that training began with, kl_reference is `initial`, which keeps a second copy of it; `algo.kl_reference=old` does
+without.
 """
 
 from __future__ import annotations
@@ -11,27 +13,47 @@ from typing import Any
 
 from rlpipe.errors import ConfigError
 
-_wide = {"advantage": "mean", "clip_low": 0.5, "clip_high": 0.5, "kl_coef": 0.04, "kl_estimator": "k3", "kl_normalizer": ""}
+
+def _method(**changes: Any) -> dict[str, Any]:
+    """A method by what differs from clipped token ratios, r - mean and no KL."""
+    return {
+        "shrink": 1, "advantage": "mean", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "clip_dual": 0.0,
+        "clip_dynamic": False, "kl_coef": 0.0, "kl_estimator": "k3", "kl_reference": "old", "normalizer": "token_mean",
+        "kl_normalizer": "", "options": {},
+    } | changes  # fmt: skip
+
+
+_wide = {"clip_low": 0.5, "clip_high": 0.5, "kl_coef": 0.04, "kl_reference": "initial"}
+_trust_region = {"ratio": "token", "clip_dual": 0.0, "clip_dynamic": False, "kl_reference": "old"}
 
 ALGO_PRESETS: dict[str, dict[str, Any]] = {
-    "tracerl": {},  # arXiv 2509.06949
-    "random_mask": {},  # the random-masking baseline of the same code
-    "dipo": {  # DiRL, arXiv 2512.22234
-        "shrink": 1, "advantage": "zscore", "clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.1, "kl_estimator": "k3",
-        "kl_normalizer": "", "normalizer": "row_mean", "options": {},
-    },
-    "cj_grpo": _wide | {"shrink": 1, "normalizer": "step_mean", "options": {"tail": True}},  # arXiv 2509.23924
-    "d2_stepmerge": _wide | {"shrink": 1, "normalizer": "token_mean", "options": {"count": 16}},  # arXiv 2509.21474
-    "agrpo": {  # arXiv 2510.04019
-        "shrink": 1, "advantage": "mean", "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "normalizer": "response_sum",
-        "kl_normalizer": "", "options": {"count": 24},
-    },
-    "just_grpo": {  # arXiv 2601.15165
-        "shrink": 1, "advantage": "zscore", "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "normalizer": "constant",
-        "kl_normalizer": "", "options": {"fraction": 1.0},
-    },
-    "diffu_grpo": _wide | {"shrink": 1, "normalizer": "token_mean", "options": {}},  # d1, arXiv 2504.12216
+    "tracerl": _trust_region,  # arXiv 2509.06949
+    "random_mask": _trust_region,  # the random-masking baseline of the same code
+    "dipo": _method(  # DiRL, arXiv 2512.22234
+        advantage="zscore", clip_high=0.28, kl_coef=0.1, kl_reference="initial", normalizer="row_mean"
+    ),
+    "cj_grpo": _method(**_wide, normalizer="step_mean", options={"tail": True}),  # arXiv 2509.23924
+    "d2_stepmerge": _method(**_wide, options={"count": 16}),  # arXiv 2509.21474
+    "agrpo": _method(normalizer="response_sum", options={"count": 24}),  # arXiv 2510.04019
+    "just_grpo": _method(advantage="zscore", normalizer="constant", options={"fraction": 1.0}),  # arXiv 2601.15165
+    "diffu_grpo": _method(**_wide),  # d1, arXiv 2504.12216
+    "wd1": _method(advantage="softmax", normalizer="response_sum"),  # arXiv 2507.08838; no ratio, so nothing is clipped
+    "coupled_grpo": _method(  # DiffuCoder, arXiv 2506.20639: its unit is no probability, hence the wide clip
+        advantage="leave_one_out", ratio="position", clip_low=0.5, clip_high=0.5, kl_coef=0.01, kl_reference="lagged",
+        kl_lag=64, kl_mix=0.6, options={"low": 0.2, "high": 0.8},  # the reference of TR-DPO, arXiv 2404.09656
+    ),
+    "espo": _method(  # arXiv 2512.03759: KL of whole responses over their length
+        advantage="leave_one_out", ratio="sequence", kl_coef=0.01, kl_estimator="k2", kl_reference="initial",
+        normalizer="sequence_mean", kl_normalizer="length_sum", options={"draws": 2, "complement": True},
+    ),
+    "spg": _method(  # arXiv 2510.09541; no ratio, so nothing is clipped
+        ratio="sequence", normalizer="length_mean", options={"draws": 2, "block": 32, "beta": 1.5, "mix": 0.5}
+    ),
+    "mdpo": _method(  # arXiv 2508.13148; advantages are of steps
+        advantage="zscore", kl_coef=0.02, kl_estimator="k2", kl_reference="initial", normalizer="step_sum", options={"steps": 8}
+    ),
 }  # fmt: skip
+WITHOUT_STEP_MAP = ("random_mask", "coupled_grpo", "espo", "spg", "mdpo")  # may follow decoders that take tokens back
 
 
 def algo_settings(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from rlpipe.cluster import Role, ledger
-from rlpipe.config import RunConfig
+from rlpipe.config import AlgoConfig, RunConfig
 from rlpipe.contradictions import TINY_BLOCK_SIZE, block_size
 from rlpipe.recipe import to_yaml
 
@@ -58,11 +58,14 @@ def roles(cfg: RunConfig) -> list[Role]:
         held = weight / (ranks if stage >= 3 else 1)
         rollout_gb = PROCESS_GB + count * weight / 2**30
         learner_gb = PROCESS_GB + count * (held + gradient + optimizer) / 2**30
-    return [
+    found = [
         Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus, rollout_gb),
         Role("verifier", cfg.verifier.workers, cfg.verifier.cpus, 0.0, VERIFIER_GB),
         Role("learner", ranks, cfg.learner.cpus, cfg.learner.gpus, learner_gb),
     ]
+    if cfg.value.enabled:
+        found.append(Role("value", ranks, cfg.learner.cpus, cfg.learner.gpus, learner_gb))
+    return found
 
 
 def step_arithmetic(cfg: RunConfig) -> str:
@@ -76,7 +79,7 @@ def step_arithmetic(cfg: RunConfig) -> str:
     known = block_size(cfg)
     grid = 4 if known is None else known
     steps = math.ceil((grid or decoder.max_tokens) / decoder.tokens_per_step)
-    rows = 1 if algo.preset in ("random_mask", "diffu_grpo") else math.ceil(steps / algo.shrink)
+    rows = rows_per_response(algo, steps)
     sequence, sequences = (decoder.max_tokens * (1 + rows), 1) if grid else (decoder.max_tokens, rows)
     packed = sequence * sequences
     per_update = responses // algo.updates_per_step
@@ -97,6 +100,17 @@ def step_arithmetic(cfg: RunConfig) -> str:
     )
 
 
+def rows_per_response(algo: AlgoConfig, steps: int) -> int:
+    """At most, for a rollout of so many denoising steps (block models: of each block)."""
+    draws = algo.options.get("draws", 2 if algo.preset in ("espo", "spg") else 1)
+    fixed = {"random_mask": draws, "diffu_grpo": 1, "wd1": 1, "coupled_grpo": 3, "spg": draws, "espo": 2 * draws}
+    if algo.preset in fixed:
+        return fixed[algo.preset]
+    limit = {"mdpo": algo.options.get("steps", 8), "d2_stepmerge": algo.options.get("count", 16)}
+    limit["agrpo"] = algo.options.get("count", 24)
+    return min(limit.get(algo.preset, steps), math.ceil(steps / algo.shrink))
+
+
 def needs(cfg: RunConfig) -> list[str]:
     """What is missing on this machine for a real run, a line each."""
     missing = []
@@ -112,14 +126,13 @@ def needs(cfg: RunConfig) -> list[str]:
         "math_verify": cfg.verifier.name == "math",
         "reasoning_gym": cfg.data.task.startswith("reasoning_gym"),
         "wandb": cfg.monitor.wandb != "disabled",
+        "peft": cfg.learner.lora_rank > 0,
         **dict.fromkeys(("torch", "transformers", "ray", "deepspeed"), True),
     }
     missing += [f"the package {name}" for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
-    gpus = cfg.rollout.workers * cfg.rollout.gpus + cfg.learner.workers * cfg.learner.gpus
+    gpus = sum(role.workers * role.gpus for role in roles(cfg))
     if gpus > local_resources()["GPU"]:
         missing.append(f"{gpus:g} GPUs: this machine has {local_resources()['GPU']:g}; on a cluster they may be there")
-    if cfg.value.enabled:
-        missing.append("a value model, which this version does not have (value.enabled=false trains without)")
     return missing
 
 

@@ -22,7 +22,7 @@ import torch
 from rlpipe.config import RunConfig, WarmStartConfig
 from rlpipe.errors import DataError
 from rlpipe.models.loading import load_model, load_tokenizer, save_model
-from rlpipe.models.packing import collate, pack_rows
+from rlpipe.models.packing import make_piece, pack
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.tiny import KINDS, build_tiny
 from rlpipe.trajectory import Prompt
@@ -115,17 +115,18 @@ def _lr_share(step: int, steps: int) -> float:
 
 
 def _loss(model: DiffusionLM, tokenizer, demonstrations: Sequence[Prompt], max_tokens: int, rng) -> torch.Tensor:
-    spec, packs, weights = model.spec, [], []
+    spec, pieces, weights = model.spec, [], []
     for prompt in demonstrations:
         ids = np.array(tokenizer(prompt.text)["input_ids"], np.int32)
         response = response_ids(tokenizer, prompt, len(ids), max_tokens, spec.block_size)
         masked, weight = random_masks(len(ids), len(response), spec.block_size, rng)
-        packs += pack_rows(
+        piece = make_piece(
             ids, response, masked, masked, block_size=spec.block_size, mask_id=spec.mask_token_id, logit_shift=spec.logit_shift
         )  # fmt: skip
+        pieces.append(piece)
         weights.append(weight)
     offsets = np.cumsum([0, *map(len, weights)])[:-1]
-    batch = collate(packs, [pack.slot + start for pack, start in zip(packs, offsets, strict=True)], 0)
+    batch = pack(pieces, [piece.slot + start for piece, start in zip(pieces, offsets, strict=True)])
     logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets)
     weight = torch.from_numpy(np.concatenate(weights))[batch.slot]
     return -(weight * logp).sum() / weight.sum()

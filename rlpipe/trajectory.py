@@ -69,6 +69,34 @@ class EventLog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """What the sampler would have answered at S of its denoising steps, in order of time.
+
+    step int32[S]: 0-based; the first is 0 and the last the response's last · tokens int32[S, L]: the token drawn at each
+    position that was masked before the step, elsewhere the one that stood there · confidence float32[S, L]: probability of the
+    drawn tokens, as in `EventLog`; 0 where none was drawn. Raises ValueError if shapes disagree.
+    """
+
+    step: np.ndarray
+    tokens: np.ndarray
+    confidence: np.ndarray
+
+    DTYPES = {"step": np.int32, "tokens": np.int32, "confidence": np.float32}
+
+    def __post_init__(self) -> None:
+        shape = self.tokens.shape
+        if len(shape) != 2 or self.confidence.shape != shape or self.step.shape != shape[:1] or not len(self):
+            raise ValueError(f"predictions disagree: {shape} tokens, {self.confidence.shape}, {self.step.shape} steps")
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.DTYPES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
     """One response to one prompt.
 
@@ -76,7 +104,8 @@ class Trajectory:
     were never committed still hold MASK · valid_len: tokens that count, up to and including the first EOS and at most
     `max_tokens` · block_size: of the absolute grid (position 0 is the first prompt token); 0 means one canvas (full
     attention) · versions int32[blocks touched by the response]: weight version of each block · stop: 'eos' | 'length' ·
-    decoder: frozen decoder settings (JSON-able) · exact: the cache was exact, so `logp` can be replayed.
+    decoder: frozen decoder settings (JSON-able) · exact: the cache was exact, so `logp` can be replayed · predictions: of its
+    steps, None unless they were asked for · step_rewards float32[S]: reward of each of these, None until they are scored.
     """
 
     uid: str
@@ -91,6 +120,8 @@ class Trajectory:
     events: EventLog
     decoder: dict[str, Any]
     exact: bool = True
+    predictions: Predictions | None = None
+    step_rewards: np.ndarray | None = None
 
     @property
     def prompt_len(self) -> int:
@@ -142,9 +173,9 @@ class Trajectory:
     def state(self, step: int, mask_id: int) -> np.ndarray:
         """int32[L]: the response canvas just before 0-based denoising step `step`, replayed from the event log."""
         canvas = np.full(self.response_len, mask_id, np.int32)
-        log = self.events
-        for event in np.flatnonzero(log.step < step):  # in order of time: a later event wins
-            canvas[log.position[event]] = mask_id if log.kind[event] == REMASK else log.token[event]
+        log, past = self.events, self.events.step < step
+        # events are in order of time and the last assignment wins
+        canvas[log.position[past]] = np.where(log.kind[past] == REMASK, mask_id, log.token[past])
         return canvas
 
     def _require_monotone(self) -> None:
@@ -157,6 +188,7 @@ class Trajectory:
 
 _SCALARS = {"sample": np.int32, "seed": np.int64, "valid_len": np.int32, "block_size": np.int32, "exact": np.bool_}
 _RAGGED = {"prompt_ids": np.int32, "response_ids": np.int32, "versions": np.int32}
+_OPTIONAL = {"step_rewards": np.float32} | {f"predictions.{name}": dtype for name, dtype in Predictions.DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +197,8 @@ class Trajectories(Sequence):
 
     columns: scalars `[N]` (sample, seed, valid_len, block_size, exact, stop as index of STOP_REASONS); ragged
     `NAME` with `NAME.offsets` int64[N+1] for prompt_ids, response_ids, versions; event columns `events.NAME` sharing
-    `events.offsets`. uids: list of N. decoder: one settings dict for all.
+    `events.offsets`; if any has them, `predictions.NAME` (their grids flattened) and step_rewards, ragged and empty for a row
+    without. uids: list of N. decoder: one settings dict for all.
     """
 
     columns: dict[str, np.ndarray]
@@ -192,8 +225,24 @@ class Trajectories(Sequence):
             stop=STOP_REASONS[c["stop"][index]],
             events=events,
             decoder=self.decoder,
+            predictions=self._predictions(index, len(ragged["response_ids"])),
+            step_rewards=self._optional("step_rewards", index),
             **ragged,
         )
+
+    def _optional(self, name: str, index: int) -> np.ndarray | None:
+        """A ragged column that may be missing, or empty for this row."""
+        if name not in self.columns:
+            return None
+        values = _slice(self.columns, name, f"{name}.offsets", index)
+        return values if len(values) else None
+
+    def _predictions(self, index: int, length: int) -> Predictions | None:
+        found = {name: self._optional(f"predictions.{name}", index) for name in Predictions.DTYPES}
+        if found["step"] is None:
+            return None
+        grids = {name: found[name].reshape(len(found["step"]), length) for name in ("tokens", "confidence")}
+        return Predictions(step=found["step"], **grids)
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
@@ -216,6 +265,10 @@ class Trajectories(Sequence):
             columns[k], columns[f"{k}.offsets"] = _concat([getattr(row, k) for row in rows], dtype)
         for k, dtype in EventLog.DTYPES.items():
             columns[f"events.{k}"], columns["events.offsets"] = _concat([getattr(r.events, k) for r in rows], dtype)
+        for k, dtype in _OPTIONAL.items():
+            found = [_optional(row, k) for row in rows]
+            if any(len(values) for values in found):
+                columns[k], columns[f"{k}.offsets"] = _concat(found, dtype)
         return cls(columns, tuple(row.uid for row in rows), rows[0].decoder)
 
     def select(self, indices: Sequence[int]) -> Trajectories:
@@ -242,6 +295,14 @@ class Trajectories(Sequence):
 def _slice(columns: dict[str, np.ndarray], name: str, offsets: str, index: int) -> np.ndarray:
     start, end = columns[offsets][index], columns[offsets][index + 1]
     return columns[name][start:end]
+
+
+def _optional(row: Trajectory, name: str) -> np.ndarray:
+    """A field of _OPTIONAL, flat; empty where the row has none."""
+    holder, _, field_name = name.rpartition(".")
+    owner = getattr(row, holder) if holder else row
+    value = None if owner is None else getattr(owner, field_name)
+    return np.zeros(0) if value is None else value.ravel()
 
 
 def _concat(arrays: list[np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:

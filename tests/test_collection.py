@@ -1,6 +1,6 @@
-"""Collecting a step's groups: filtering, refilling, failed groups; with pools that answer from a script."""
+"""Collecting a step's groups: filtering, refilling, failed groups, step rewards; with pools that answer from a script."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from rlpipe.errors import NoLiveGroups, VerifierFailed
 from rlpipe.objectives.objective import build_objective
 from rlpipe.rollout.pool import Group
 from rlpipe.sampling.engine import EngineCounters
-from rlpipe.trajectory import Prompt
+from rlpipe.trajectory import Predictions, Prompt
 
 
 @dataclass
@@ -27,7 +27,8 @@ class Script:
         self.taken += count
         return [Prompt(uid=f"p/{i}", task="t", text="q") for i in range(self.taken - count, self.taken)]
 
-    def generate(self, prompts, samples, decoder, *, what):
+    def generate(self, prompts, samples, decoder, *, what, predictions=0):
+        assert not predictions
         groups = [
             Group(p, [trajectory(MONOTONE, uid=p.uid, sample=s) for s in range(samples)], ["x"] * samples) for p in prompts
         ]
@@ -94,3 +95,82 @@ def test_a_failed_group_goes_whole_and_too_many_stop_the_run():
     assert harvest.metrics["reward/mean"] == pytest.approx(0.25), "a failure is not a reward of 0"
     with pytest.raises(VerifierFailed, match="2 of 3 groups.*it hung"):
         collect([None, None, MIXED])
+
+
+STEPS = Predictions(step=np.arange(3), tokens=np.zeros((3, 4), np.int32), confidence=np.zeros((3, 4), np.float32))
+
+
+@dataclass
+class StepScript(Script):
+    """Prompt i has a response for each of paths[i], the texts that its three predictions read; the last is the answer. A text's
+    first character is its reward, x fails the group."""
+
+    asked: list = field(default_factory=list)
+
+    def generate(self, prompts, samples, decoder, *, what, predictions=0):
+        assert predictions == 2, "the planner's stride"
+        groups = []
+        for prompt in prompts:
+            paths = [path.split() for path in self.rewards[int(prompt.uid[2:])]]
+            records = [replace(trajectory(MONOTONE, uid=prompt.uid, sample=s), predictions=STEPS) for s in range(len(paths))]
+            texts = [tuple(dict.fromkeys(path)) for path in paths]
+            index = [np.array([own.index(text) for text in path]) for own, path in zip(texts, paths, strict=True)]
+            answers = [path[-1] for path in paths]
+            groups.append(Group(prompt, records, answers, step_texts=texts, step_index=index))
+        return groups, EngineCounters(tokens=1, responses=1)
+
+    def score_groups(self, groups):
+        self.asked += [[text for _, text in group] for group in groups]
+        return [
+            VerifierFailed("it hung")
+            if any(text[0] == "x" for _, text in group)
+            else [{"reward": float(text[0]), "length": float(len(text))} for _, text in group]
+            for group in groups
+        ]
+
+
+def collect_steps(paths, **algo):
+    cfg = RunConfig()
+    cfg.verifier.max_failed_groups = 0.5
+    cfg.algo.preset, cfg.algo.options = "mdpo", {"stride": 2}
+    cfg.algo.prompts_per_step, cfg.algo.samples_per_prompt = len(paths), 2
+    for name, value in algo.items():
+        setattr(cfg.algo, name, value)
+    script = StepScript(paths)
+    return Collector(cfg, script, script, script, build_objective(cfg.algo), script).collect(5), script
+
+
+def test_predictions_are_scored_once_a_text_and_steps_get_their_rewards():
+    harvest, script = collect_steps([["0a 1b 0a", "0c 1b 1d"]], groups="keep")
+    assert script.asked == [["0a", "1d", "1b", "0c"]]
+    group = harvest.groups[0]
+    assert [t.step_rewards.tolist() for t in harvest.trajectories] == [[0, 1, 0], [0, 1, 1]]
+    assert all(t.step_rewards.dtype == np.float32 for t in harvest.trajectories)
+    assert group.rewards.tolist() == [0, 1] and group.parts[1] == {"reward": 1.0, "length": 2.0}
+    metrics = harvest.metrics
+    assert metrics["reward/mean"] == 0.5 and metrics["reward/step_mean"] == pytest.approx(3 / 6)
+    assert metrics["reward/backslide_share"] == 0.5, "the first was right on the way"
+    assert metrics["reward/verifier_calls"] == 4 and metrics["reward/verifier_calls_saved"] == pytest.approx(1 - 4 / 8)
+
+
+def test_a_group_that_ends_alike_teaches_if_its_steps_differ():
+    backslid, same, wrong = ["0a 1b 0c", "0a 0b 0c"], ["0a 1b 1b", "0c 1d 1d"], ["0a 0b 0c", "0a 0a 0a"]
+    harvest, _ = collect_steps([backslid, same, wrong], groups="drop")
+    assert [g.prompt.uid for g in harvest.groups] == ["p/0"] and harvest.metrics["algo/live_share"] == pytest.approx(1 / 3)
+    assert harvest.metrics["reward/backslide_share"] == pytest.approx(1 / 6)
+    rows = build_objective(_mdpo()).plan_all(harvest.trajectories, np.random.default_rng(0))
+    assert all(len(own) for own in rows)
+    with pytest.raises(NoLiveGroups):
+        collect_steps([same, wrong], groups="drop")
+
+
+def _mdpo():
+    cfg = RunConfig()
+    cfg.algo.preset = "mdpo"
+    return cfg.algo
+
+
+def test_a_prediction_that_cannot_be_scored_fails_its_group():
+    harvest, script = collect_steps([["0a xb 0c", "0a 0b 0c"], ["0a 1b 1c", "0a 0b 0c"]], groups="keep")
+    assert [g.prompt.uid for g in harvest.groups] == ["p/1"]
+    assert harvest.metrics["reward/failed_groups"] == 1 and "it hung" in script.warnings[0]

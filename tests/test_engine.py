@@ -11,7 +11,8 @@ from tiny_models import prompts, sample, tiny, with_spec
 
 from rlpipe.config import DecoderConfig
 from rlpipe.errors import RolloutFailed
-from rlpipe.models.attention import DensePlan, visible
+from rlpipe.models.packed_attention import dense_plan
+from rlpipe.models.visibility import Tags
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine
 from rlpipe.sampling.noise import TOKEN, uniform
@@ -31,7 +32,8 @@ def naive(model, prompt, seed: int, max_tokens: int, per_step: int = 1, temperat
     ids[0, : len(prompt)] = torch.as_tensor(prompt)
     where = torch.arange(end).unsqueeze(0)
     block = where // spec.block_size if spec.block_size else torch.zeros_like(where)
-    plan = DensePlan(visible(block, torch.zeros_like(where)))
+    zeros = torch.zeros_like(where[0])
+    plan = dense_plan(Tags(zeros, zeros, block[0], zeros))
     steps, logp, step = torch.zeros(end, dtype=torch.int64), torch.zeros(end), 0
     start = len(prompt) // spec.block_size * spec.block_size if spec.block_size else len(prompt)
     while start < end:
@@ -248,13 +250,13 @@ def test_new_weights_wait_for_the_end_of_the_block(recompute):
 
 def block_gap(model, trajectory, version: int) -> np.ndarray:
     """|logp - recorded| of the tokens of the blocks that were sampled with `version`."""
-    from rlpipe.models.packing import collate, pack_rows
+    from rlpipe.models.packing import make_piece, pack
     from rlpipe.objectives.planner import plan_replay, response_blocks
 
     rows = plan_replay(trajectory)
-    packs = pack_rows(trajectory.prompt_ids, trajectory.response_ids, rows.masked, rows.scored, block_size=4,
-                      mask_id=model.spec.mask_token_id)  # fmt: skip
-    batch = collate(packs, [packs[0].slot], 0)
+    piece = make_piece(trajectory.prompt_ids, trajectory.response_ids, rows.masked, rows.scored, block_size=4,
+                       mask_id=model.spec.mask_token_id)  # fmt: skip
+    batch = pack([piece], [piece.slot])
     with torch.no_grad():
         logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets)
     place = np.broadcast_to(np.arange(trajectory.response_len), rows.scored.shape)[rows.scored]

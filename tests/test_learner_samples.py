@@ -1,35 +1,56 @@
-"""Samples as columns, packed lengths, micro-batch plans."""
+"""Samples as columns, token counts, micro-batch plans, dealing to updates."""
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import prompts, sample, tiny
 
 from rlpipe.config import AlgoConfig
-from rlpipe.learner.samples import Sample, Samples, make_shards, plan_micro_batches
-from rlpipe.learner.step import plan_step
-from rlpipe.models.packing import pack_rows
+from rlpipe.learner.batches import Batches
+from rlpipe.learner.micro_batches import Sizes, make_shards, plan_micro_batches
+from rlpipe.learner.samples import Sample, Samples
+from rlpipe.learner.step import deal, make_samples, plan_step
 from rlpipe.objectives.objective import build_objective
+from rlpipe.objectives.rows import Rows
+from rlpipe.objectives.units import join
+from rlpipe.trajectory import replace
 
 
-def step_plan(kind: str, count: int = 12, shrink: int = 1, updates: int = 2, **decoder):
+def groups_of(kind: str, count: int = 12, group: int = 3, **decoder):
+    """`count` trajectories, `group` to a prompt."""
     model, tokenizer = tiny(kind)
-    records, _ = sample(model, prompts(tokenizer, count), max_tokens=10, **decoder)
+    tokens = [ids for ids in prompts(tokenizer, -(-count // group)) for _ in range(group)][:count]
+    records, _ = sample(model, tokens, max_tokens=10, **decoder)
+    return model, [replace(record, uid=f"p{i // group}", sample=i % group) for i, record in enumerate(records)]
+
+
+def step_plan(kind: str, count: int = 12, shrink: int = 1, updates: int = 2, group: int = 3, **algo):
+    _, records = groups_of(kind, count, group)
     advantages = np.random.default_rng(1).normal(size=count).astype(np.float32)
-    objective = build_objective(AlgoConfig(shrink=shrink), 10)
+    objective = build_objective(AlgoConfig(shrink=shrink, **algo), 10)
     rng = np.random.default_rng(0)
-    return plan_step(list(records), advantages, objective, updates=updates, gauge_trajectories=4, rng=rng), records
+    return plan_step(records, advantages, objective, updates=updates, gauge_trajectories=4, rng=rng), records
 
 
 @pytest.mark.parametrize("kind", ("block", "full"))
-def test_columns_give_samples_back_with_their_packed_length(kind):
-    plan, _ = step_plan(kind)
-    store = Samples.of(plan.samples)
-    for want, got in zip(plan.samples, store, strict=True):
+@pytest.mark.parametrize("ratio", ("token", "sequence"))
+def test_columns_give_samples_back_with_their_token_counts(kind, ratio):
+    plan, _ = step_plan(kind, ratio=ratio)
+    store, spec = Samples.of(plan.samples), tiny(kind)[0].spec
+    batches = Batches(store, spec, torch.device("cpu"))
+    sizes = Sizes.of(plan.samples)
+    for index, (want, got) in enumerate(zip(plan.samples, store, strict=True)):
         for name in Sample.__slots__:
             np.testing.assert_array_equal(getattr(want, name), getattr(got, name))
-        packs = pack_rows(got.prompt_ids, got.response_ids, got.masked, got.scored, block_size=got.block_size, mask_id=2)
-        assert [len(pack) for pack in packs] == [got.packed_tokens()]
-        assert sorted(packs[0].slot.tolist()) == list(range(got.num_scored))
+        assert len(batches.pieces[index]) == got.own_tokens()
+        assert len(batches.pieces[index].prefix_ids) == got.shared_tokens()
+        assert got.num_scored == got.scored.sum()
+    everything = list(range(len(plan.samples)))
+    packed = batches.packed(everything)
+    assert packed.input_ids.shape[1] == sizes.tokens(everything)
+    assert sorted(packed.slot.tolist()) == list(range(sum(s.num_scored for s in plan.samples)))
+    if ratio == "sequence":
+        assert all(len(s.advantage) == 1 for s in plan.samples)
 
 
 @pytest.mark.parametrize("kind", ("block", "full"))
@@ -43,9 +64,19 @@ def test_a_step_scores_every_valid_token_once_and_its_weights_sum_to_the_updates
         assert sum(plan.samples[i].policy_weight.sum() for i in update) == pytest.approx(1.0, abs=1e-5)
     gauged = trained if shrink == 1 else plan.gauge
     assert all(np.isfinite(plan.samples[i].rollout_logp).all() for i in gauged) and gauged
+    assert all((plan.samples[i].prompt_ids == records[plan.owner[i]].prompt_ids).all() for i in trained)
     if shrink > 1:
         assert not set(plan.gauge) & set(trained)
         assert all(np.isnan(plan.samples[i].rollout_logp).all() for i in trained)
+
+
+def test_groups_are_dealt_whole_and_split_only_where_there_are_too_few():
+    group = np.repeat([0, 1, 2, 3], 3)
+    parts = deal(group, 2, np.random.default_rng(0))
+    assert sorted(np.concatenate(parts)) == list(range(12))
+    assert all(len(set(group[part])) == 2 and len(part) == 6 for part in parts)
+    few = deal(group[:6], 5, np.random.default_rng(0))
+    assert len(few) == 5 and sorted(np.concatenate(few)) == list(range(6))
 
 
 def test_more_updates_than_trajectories_makes_fewer_updates():
@@ -53,24 +84,36 @@ def test_more_updates_than_trajectories_makes_fewer_updates():
     assert len(plan.updates) == 3 and all(plan.updates)
 
 
+def sizes_of(rng, count: int, groups: int) -> Sizes:
+    group = np.sort(rng.integers(0, groups, count))
+    return Sizes(rng.integers(3, 40, count), rng.integers(0, 20, groups)[group], group)
+
+
 @pytest.mark.parametrize("ranks", (1, 2, 3))
 @pytest.mark.parametrize("budget", (1, 50, 10**6))
 def test_micro_batches_keep_the_budget_and_give_all_ranks_equally_many(ranks, budget):
-    tokens = np.random.default_rng(0).integers(3, 40, 25).tolist()
-    plan = plan_micro_batches(tokens, budget, ranks)
+    sizes = sizes_of(np.random.default_rng(0), 25, 5)
+    plan = plan_micro_batches(sizes, range(25), budget, ranks)
     live = [i for rank in plan for batch in rank for i in batch if i >= 0]
     assert sorted(live) == list(range(25))
     assert len({len(rank) for rank in plan}) == 1
     for rank in plan:
         for batch in rank:
-            assert len(batch) == 1 or max(tokens[i] for i in batch) * len(batch) <= budget
+            assert len(batch) == 1 or sizes.tokens(batch) <= budget
             assert all(i >= 0 for i in batch) or (len(batch) == 1 and batch[0] < 0)
-    assert plan == plan_micro_batches(tokens, budget, ranks)
+    assert plan == plan_micro_batches(sizes, range(25), budget, ranks)
     assert any(i >= 0 for i in plan[-1][0]), "no rank is idle while there is enough to share"
 
 
+def test_a_group_shares_a_micro_batch_where_it_fits():
+    sizes = Sizes(np.full(8, 10), np.full(8, 100), np.repeat([0, 1], 4))
+    (batches,) = plan_micro_batches(sizes, range(8), 150, 1)
+    assert sorted(map(sorted, batches)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert sizes.tokens([0, 1, 4]) == 230
+
+
 def test_a_lone_sample_is_filled_up_with_nothing():
-    assert plan_micro_batches([7], 100, 2) == [[[0]], [[~0]]]
+    assert plan_micro_batches(Sizes(np.array([7]), np.array([0]), np.array([0])), [0], 100, 2) == [[[0]], [[~0]]]
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
@@ -85,13 +128,15 @@ def test_shards_refer_to_their_own_samples(ranks):
                 seen += sum(shard.samples[i].num_scored for i in batch if i >= 0)
     assert seen == sum(plan.samples[i].num_scored for update in plan.updates for i in update)
     assert len({len(shard.gauge) for shard in shards}) == 1
+    for shard in shards:
+        for place, held in zip(shard.places, shard.samples, strict=True):
+            np.testing.assert_array_equal(held.scored, plan.samples[place].scored)
 
 
 def test_a_response_with_nothing_to_score_makes_no_sample():
-    from rlpipe.learner.step import make_samples
-    from rlpipe.objectives.rows import Rows
-
-    _, records = step_plan("block", count=2)
-    none = Rows(masked=np.zeros((0, 10), bool), scored=np.zeros((0, 10), bool), step=np.zeros(0, np.int32))
+    _, records = groups_of("block", 2)
+    length = records[0].response_len
+    none = Rows(masked=np.zeros((0, length), bool), scored=np.zeros((0, length), bool), step=np.zeros(0, np.int32))
     empty = np.zeros(0, np.float32)
-    assert make_samples(records[0], none, empty, empty, empty, replays=True) == []
+    units = join(none, "token", np.zeros(length, np.int64))
+    assert make_samples(records[0], none, units, empty, empty, 1.0, 0, replays=True) == []

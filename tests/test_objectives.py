@@ -11,10 +11,11 @@ import torch
 
 from rlpipe.config import AlgoConfig
 from rlpipe.errors import ConfigError, RlpipeError
+from rlpipe.objectives.entries import Entries
 from rlpipe.objectives.losses import importance_weight
-from rlpipe.objectives.objective import PRESETS, build_objective
+from rlpipe.objectives.objective import build_objective
 from rlpipe.objectives.planner import RandomMask, Replay
-from rlpipe.trajectory import COMMIT, EventLog, Trajectory
+from rlpipe.trajectory import COMMIT, EventLog, Predictions, Trajectory, replace
 
 
 def trajectory_of(steps: list[int], block_size: int = 0) -> Trajectory:
@@ -45,6 +46,43 @@ def trajectory_of(steps: list[int], block_size: int = 0) -> Trajectory:
     )
 
 
+def predicted(steps: list[list[int]], seed: int = 0) -> list[Trajectory]:
+    """Trajectories of one group, with a prediction and a reward for each denoising step; every one ends in its response."""
+    rng, made = np.random.default_rng(seed), []
+    for own in steps:
+        trajectory, count = trajectory_of(own), max(own)
+        tokens = np.repeat(trajectory.response_ids[None], count, 0)
+        for step in range(count - 1):  # whatever is not committed now is drawn again later
+            again = np.array(own) > step + 1
+            tokens[step, again] = rng.integers(1, 5, int(again.sum()))
+        made.append(
+            replace(
+                trajectory,
+                predictions=Predictions(
+                    step=np.arange(count, dtype=np.int32),
+                    tokens=tokens,
+                    confidence=rng.uniform(0.1, 0.9, tokens.shape).astype(np.float32),
+                ),
+                step_rewards=rng.integers(0, 2, count).astype(np.float32) + 0.1 * rng.random(count).astype(np.float32),
+            )
+        )
+    return made
+
+
+def plain_entries(advantage, policy_weight, kl_weight) -> Entries:
+    """Every entry its own unit."""
+    ids = torch.arange(len(advantage))
+    return Entries(
+        unit=None,
+        coefficient=None,
+        advantage=advantage,
+        policy_weight=policy_weight,
+        kl_weight=kl_weight,
+        row=ids,
+        position=ids,
+    )
+
+
 def scored_logp() -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (of scored tokens, of all) in a published example: rows of [prompt 2 | clean 4 | noisy 4]."""
     i, j, k = torch.meshgrid(torch.arange(2), torch.arange(10), torch.arange(5), indexing="ij")
@@ -63,13 +101,13 @@ def test_tokens_of_another_distribution_are_weighed_by_a_truncated_ratio():
     assert importance_weight(old, behaviour, 3.0).tolist() == pytest.approx([2.0, 3.0, 0.5, 1.0])
     objective = build_objective(AlgoConfig(importance_cap=3.0))
     ones, advantage = torch.ones(4), torch.tensor([1.0, -1.0, 1.0, 1.0])
-    terms = objective.loss(old, old, advantage, ones, ones, behaviour_logp=behaviour)
+    terms = objective.loss(old, old, plain_entries(advantage, ones, ones), behaviour_logp=behaviour)
     assert terms.loss.item() == pytest.approx(-(2.0 - 3.0 + 0.5 + 1.0))
     metrics = objective.finalize(terms.sums)
     assert metrics["algo/importance_mean"] == pytest.approx(5.5 / 3)
     assert metrics["algo/importance_truncated"] == pytest.approx(1 / 3)
-    plain = objective.loss(old, old, advantage, ones, ones)
-    every = objective.loss(old, old, advantage, ones, ones, behaviour_logp=torch.full((4,), nan))
+    plain = objective.loss(old, old, plain_entries(advantage, ones, ones))
+    every = objective.loss(old, old, plain_entries(advantage, ones, ones), behaviour_logp=torch.full((4,), nan))
     assert plain.loss == every.loss and "algo/importance_mean" not in objective.finalize(every.sums)
 
 
@@ -92,25 +130,26 @@ def test_published_block_loss(kl_coef, estimator, expected):
     objective = build_objective(algo)
     logp, _ = scored_logp()
     rng = np.random.default_rng(0)
-    rows = [objective.plan(trajectory_of([1, 1]), rng) for _ in range(2)]
-    policy, kl = (torch.from_numpy(np.concatenate(w)) for w in objective.weights(rows, [4, 4]))
+    trajectories = [trajectory_of([1, 1]) for _ in range(2)]
+    units = [objective.units(r, t) for r, t in zip(objective.plan_all(trajectories, rng), trajectories, strict=True)]
+    policy, kl = (torch.from_numpy(np.concatenate(w)) for w in objective.weights(units, [4, 4]))
     advantage = torch.tensor([1.0, 1.0, -0.5, -0.5])
-    terms = objective.loss(logp, torch.full((4,), -1.6), advantage, policy, kl)
+    terms = objective.loss(logp, torch.full((4,), -1.6), plain_entries(advantage, policy, kl))
     assert float(terms.loss) == pytest.approx(expected, abs=1e-6)
 
 
 def test_published_full_attention_weights():
     """Mean over a row for the policy, sum for the KL: the KL counts n_row times as much."""
     objective = build_objective(AlgoConfig(normalizer="row_mean", kl_normalizer="row_sum"))
-    rows = [objective.plan(trajectory_of([1, 1, 1, 2]), np.random.default_rng(0))]
-    policy, kl = objective.weights(rows, [4])
+    trajectory = trajectory_of([1, 1, 1, 2])
+    policy, kl = objective.weights([objective.units(objective.plan(trajectory, np.random.default_rng(0)), trajectory)], [4])
     assert policy[0] == pytest.approx([1 / 6] * 3 + [1 / 2]) and kl[0] == pytest.approx([1 / 2] * 4)
 
 
 def test_policy_and_kl_have_their_own_weights():
     objective = build_objective(AlgoConfig(kl_coef=0.5, kl_estimator="k2"))
     logp, old, advantage = torch.tensor([0.1, -0.1]), torch.zeros(2), torch.tensor([2.0, 1.0])
-    terms = objective.loss(logp, old, advantage, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]))
+    terms = objective.loss(logp, old, plain_entries(advantage, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])))
     assert float(terms.sums["policy_loss"]) == pytest.approx(-2 * np.exp(0.1))
     assert float(terms.sums["kl_loss"]) == pytest.approx(0.5 * 3 * 0.005)
     assert float(terms.loss) == pytest.approx(-2 * np.exp(0.1) + 0.0075)
@@ -122,7 +161,7 @@ def test_first_update():
     logp = torch.tensor([-1.0, -2.0, -0.5, -3.0], requires_grad=True)
     advantage = torch.from_numpy(objective.advantages(np.array([1.0, 0.0, 0.0, 1.0])))
     weight = torch.full((4,), 0.25)
-    terms = objective.loss(logp, logp.detach(), advantage, weight, weight, entropy=torch.ones(4))
+    terms = objective.loss(logp, logp.detach(), plain_entries(advantage, weight, weight), entropy=torch.ones(4))
     metrics = objective.finalize(terms.sums)
     assert metrics["algo/ratio_mean"] == 1.0 and metrics["algo/approx_kl"] == metrics["algo/kl_loss"] == 0.0
     assert metrics["algo/clip_fraction"] == metrics["algo/max_abs_log_ratio"] == 0.0
@@ -137,7 +176,7 @@ def test_metrics_of_a_step():
     objective = build_objective(AlgoConfig(kl_coef=0.5))
     old, advantage, weight = torch.zeros(2), torch.tensor([1.0, -1.0]), torch.full((2,), 0.5)
     moved = [torch.tensor([0.5, 0.0]), torch.tensor([0.0, -0.4])]
-    terms = [objective.loss(logp, old, advantage, weight, weight) for logp in moved]
+    terms = [objective.loss(logp, old, plain_entries(advantage, weight, weight)) for logp in moved]
     updates = [
         {"sums": {k: float(v) for k, v in t.sums.items()}, "grad_norm": norm, "lr": lr}
         for t, norm, lr in zip(terms, (1.0, 3.0), (0.1, 0.2), strict=True)
@@ -158,7 +197,7 @@ def test_metrics_of_a_step():
 def test_lost_weights_are_loud():
     objective = build_objective(AlgoConfig())
     weight, minus_inf = torch.ones(1), torch.tensor([-float("inf")])
-    terms = objective.loss(minus_inf, minus_inf, weight, weight, weight)
+    terms = objective.loss(minus_inf, minus_inf, plain_entries(weight, weight, weight))
     with pytest.raises(RlpipeError, match="probability 0"):
         objective.finalize(terms.sums)
     good = {"sums": {"loss": 0.0, "tokens": 1.0}, "grad_norm": float("nan"), "lr": 1.0}
@@ -175,19 +214,6 @@ def test_presets():
     assert len(rows) == 1 and (rows.masked == rows.scored).all()
 
 
-def test_every_preset_trains():
-    """Planned, weighted and differentiated without anything specific to one method."""
-    trajectories = [trajectory_of([2, 1, 4, 3], block_size=2), trajectory_of([1, 1, 2, 2], block_size=2)]
-    for name in PRESETS:
-        objective, rng = build_objective(AlgoConfig(preset=name)), np.random.default_rng(0)
-        rows = [objective.plan(trajectory, rng) for trajectory in trajectories]
-        policy, kl = (torch.from_numpy(np.concatenate(w)) for w in objective.weights(rows, [4, 4]))
-        advantage = np.repeat(objective.advantages(np.array([1.0, 0.0])), [r.num_scored for r in rows])
-        logp = torch.full(policy.shape, -1.0, requires_grad=True)
-        objective.loss(logp, logp.detach(), torch.from_numpy(advantage), policy, kl).loss.backward()
-        assert logp.grad.tolist() == pytest.approx((-policy * torch.from_numpy(advantage)).tolist())
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -199,6 +225,13 @@ def test_every_preset_trains():
         ({"kl_normalizer": "rowsum"}, "did you mean row_sum"),
         ({"shrink": 0}, "at least 1"),
         ({"preset": "random_mask", "shrink": 8}, "merges no steps"),
+        ({"ratio": "tokens"}, "did you mean token"),
+        ({"kl_reference": "inital"}, "did you mean initial"),
+        ({"score_by": "force"}, "did you mean forced"),
+        ({"preset": "spg"}, "set algo.ratio=sequence"),
+        ({"preset": "mdpo", "ratio": "sequence"}, "advantage of its own"),
+        ({"clip_dual": -1.0}, "clip_dual"),
+        ({"random_share": -1.0}, "random_share"),
         ({"clip_low": -0.1}, "clip_low"),
         ({"clip_high": float("nan")}, "clip_high"),
         ({"kl_coef": -1.0}, "kl_coef"),
@@ -211,10 +244,11 @@ def test_wrong_choices_are_refused(changes, message):
 
 def test_constant_normalizer_needs_the_budget():
     algo = AlgoConfig(normalizer="constant")
-    rows = [build_objective(algo).plan(trajectory_of([1, 2]), np.random.default_rng(0))]
+    trajectory, objective = trajectory_of([1, 2]), build_objective(algo)
+    units = [objective.units(objective.plan(trajectory, np.random.default_rng(0)), trajectory)]
     with pytest.raises(ConfigError, match="max_tokens"):
-        build_objective(algo).weights(rows, [2])
-    assert build_objective(algo, max_tokens=8).weights(rows, [2])[0][0] == pytest.approx([1 / 8] * 2)
+        objective.weights(units, [2])
+    assert build_objective(algo, max_tokens=8).weights(units, [2])[0][0] == pytest.approx([1 / 8] * 2)
 
 
 def test_objectives_import_no_runtime():

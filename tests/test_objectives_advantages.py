@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlpipe.errors import ConfigError, VerifierFailed
-from rlpipe.objectives.advantages import ADVANTAGES, group_advantages, has_signal
+from rlpipe.objectives.advantages import ADVANTAGES, group_advantages, has_signal, softmax_weights
 from rlpipe.objectives.gae import gae_over_steps, place_reward
 
 
@@ -30,6 +30,17 @@ def test_mean_and_leave_one_out():
     assert group_advantages(rewards, "leave_one_out") == pytest.approx([0.75, -0.75, 0.0])
     others = [rewards[i] - np.delete(rewards, i).mean() for i in range(3)]
     assert group_advantages(rewards, "leave_one_out") == pytest.approx(others)
+
+
+def test_softmax_weights_reference_vector():
+    rewards = np.array([2.0, 0.0, 1.0, 0.0])
+    raised, lowered = softmax_weights(rewards)
+    assert raised == pytest.approx([0.610296, 0.082595, 0.224515, 0.082595], abs=1e-6)
+    assert lowered == pytest.approx([0.054065, 0.399486, 0.146963, 0.399486], abs=1e-6)
+    assert group_advantages(rewards, "softmax") == pytest.approx(4 * (raised - lowered))
+    shifted = softmax_weights(rewards - rewards.mean())
+    assert shifted[0] == pytest.approx(raised) and shifted[1] == pytest.approx(lowered)
+    assert np.isfinite(softmax_weights(np.array([1e6, -1e6]))).all()
 
 
 def test_unknown_kind_names_the_nearest():

@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from test_objectives import trajectory_of
+import torch
+from test_objectives import predicted, trajectory_of
 
 from rlpipe import recipe
 from rlpipe.config import AlgoConfig
@@ -27,6 +28,12 @@ def same(one, other) -> bool:
     return np.array_equal(one.masked, other.masked) and np.array_equal(one.scored, other.scored)
 
 
+def weights_of(objective, rows, trajectories) -> list:
+    """Policy weights of the units of each response."""
+    units = [objective.units(part, trajectory) for part, trajectory in zip(rows, trajectories, strict=True)]
+    return objective.weights(units, [trajectory.response_len for trajectory in trajectories])[0]
+
+
 def test_agrpo_draws_its_published_steps():
     """Vector 9.3: entropies .3, 1.2 (summed by step), uniforms .1 .5 .9."""
     chosen, weight = draw_steps(np.array([0.3, 1.2, 0.0]), np.array([0.1, 0.5, 0.9]))
@@ -43,10 +50,8 @@ def test_agrpo_over_all_steps_is_cj(block_size):
     for trajectory in trajectories:
         rows = agrpo.plan(trajectory, np.random.default_rng(3))
         assert rows.partitions(trajectory.loss_mask()) and np.allclose(rows.weight, 1 / 8)
-    lens = [8, 8]
-    ours = agrpo.weights([agrpo.plan(t, np.random.default_rng(3)) for t in trajectories], lens)[0]
-    weights = [cj.plan(t, RNG) for t in trajectories]
-    theirs = cj.weights(weights, lens)[0]
+    ours = weights_of(agrpo, [agrpo.plan(t, np.random.default_rng(3)) for t in trajectories], trajectories)
+    theirs = weights_of(cj, [cj.plan(t, RNG) for t in trajectories], trajectories)
     if not block_size:
         for one, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6)
@@ -87,6 +92,16 @@ def test_left_to_right_is_replay_of_a_left_to_right_rollout(block_size):
     part = LeftToRight(0.5).plan(shuffled, np.random.default_rng(1))
     assert len(part) == (2 if block_size else 4) and np.allclose(part.weight, 2.0)
     assert (part.scored & ~part.masked).sum() == 0
+
+
+def test_left_to_right_of_an_answer_at_the_end_of_its_block():
+    """Two tokens behind a prompt of six in blocks of eight: the second was never committed and stays hidden throughout."""
+    trajectory = replace(trajectory_of([2, 1]), prompt_ids=np.zeros(6, np.int32), block_size=8)
+    rows = LeftToRight().plan(trajectory, RNG)
+    assert rows.scored.tolist() == [[True, False], [False, True]] and rows.masked.tolist() == [[True, True], [False, True]]
+    log = {name: getattr(trajectory.events, name)[trajectory.events.position == 0] for name in EventLog.DTYPES}
+    rows = LeftToRight().plan(replace(trajectory, events=EventLog(**log)), RNG)
+    assert rows.masked.tolist() == [[True, True]] and rows.scored.tolist() == [[True, False]]
 
 
 def test_the_rows_of_one_token_steps_are_the_chain_rule():
@@ -140,9 +155,8 @@ def test_static_schedules_make_cj_and_tracerl_equal():
     trajectories = [trajectory_of([2, 1, 2, 1, 3, 3]), trajectory_of([1, 1, 2, 2, 3, 3])]
     cj = build_objective(named("cj_grpo", options={}))
     tracerl = build_objective(AlgoConfig(normalizer="row_mean"))
-    lens = [6, 6]
-    one = cj.weights([cj.plan(t, RNG) for t in trajectories], lens)[0]
-    other = tracerl.weights([tracerl.plan(t, RNG) for t in trajectories], lens)[0]
+    one = weights_of(cj, cj.plan_all(trajectories, RNG), trajectories)
+    other = weights_of(tracerl, tracerl.plan_all(trajectories, RNG), trajectories)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b)
 
@@ -151,11 +165,26 @@ def test_static_schedules_make_cj_and_tracerl_equal():
 def test_every_preset_is_known_everywhere_and_draws_from_its_own_generator(name):
     assert set(ALGO_PRESETS) == set(PRESETS) == set(CHOICES["algo.preset"])
     objective = build_objective(named(name), max_tokens=8)
-    before = np.random.get_state()[1].copy()
-    first, second = (objective.plan(trajectory_of([2, 1, 4, 3], 4), np.random.default_rng(7)) for _ in range(2))
-    assert same(first, second) and np.array_equal(np.random.get_state()[1], before)
-    policy, kl = objective.weights([first], [4])
-    assert len(policy[0]) == first.num_scored == len(kl[0]) and np.isfinite(policy[0]).all()
+    trajectories = predicted([[2, 1, 4, 3], [1, 2, 4, 3]])
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    first, second = (objective.plan_all(trajectories, np.random.default_rng(7)) for _ in range(2))
+    assert np.array_equal(np.random.get_state()[1], before[0]) and torch.equal(torch.get_rng_state(), before[1])
+    assert all(same(one, other) and len(one) for one, other in zip(first, second, strict=True))
+    units = [objective.units(rows, trajectory) for rows, trajectory in zip(first, trajectories, strict=True)]
+    for weights in objective.weights(units, [4, 4]):
+        assert [len(w) for w in weights] == [len(u) for u in units] and all(np.isfinite(w).all() for w in weights)
+    replayed = Replay().plan(trajectories[0], RNG)
+    assert objective.replays_rollout <= all(row in replayed.masked.tolist() for row in first[0].masked.tolist())
+
+
+def test_presets_leave_nothing_of_one_another():
+    keys = {frozenset(settings) for name, settings in ALGO_PRESETS.items() if name not in ("tracerl", "random_mask")}
+    smallest = min(keys, key=len)
+    assert all(found - smallest <= {"kl_lag", "kl_mix"} for found in keys)
+    assert set(ALGO_PRESETS["tracerl"]) == set(ALGO_PRESETS["random_mask"]) <= smallest
+    cfg = recipe.load(["recipe=quickstart_full", "algo.preset=coupled_grpo", "algo.kl_coef=0"])
+    assert (cfg.algo.ratio, cfg.algo.kl_reference, cfg.algo.kl_coef) == ("position", "lagged", 0.0)
+    assert not build_objective(cfg.algo).needs_reference and build_objective(named("espo")).needs_reference
 
 
 def test_a_preset_lies_under_the_keys_beside_it():

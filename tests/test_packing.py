@@ -1,22 +1,24 @@
-"""The visibility rule, the packed layout, and the equality that everything rests on: replay equals rollout."""
+"""The visibility rule, the packed layout, the attention that computes only what the rule shows, and replay equal to rollout."""
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import prompts, sample, tiny, with_spec
 
-from rlpipe.models.attention import DensePlan, visible
-from rlpipe.models.packing import collate, pack_rows
+from rlpipe.models.attention import DensePlan
+from rlpipe.models.packed_attention import PartsPlan, dense_plan
+from rlpipe.models.packing import make_piece, pack
+from rlpipe.models.visibility import Tags, visibility
 from rlpipe.objectives.planner import plan_replay
 
 
-def reference_ids(prompt_len: int, response_len: int, size: int):
-    """Block and copy ids that put our rule on the reference's grid: counted from the response, backwards in the prompt."""
+def reference_tags(prompt_len: int, response_len: int, size: int) -> Tags:
+    """Tags that put our rule on the reference's grid: counted from the response, backwards in the prompt."""
     prompt = [-1 - (prompt_len - 1 - q) // size for q in range(prompt_len)]
     response = [j // size for j in range(response_len)]
-    block = torch.tensor([prompt + response + response])
-    copy = torch.tensor([[0] * (prompt_len + response_len) + [1 + b for b in response]])
-    return block, copy
+    block = torch.tensor(prompt + response + response)
+    copy = torch.tensor([0] * (prompt_len + response_len) + [1 + b for b in response])
+    return Tags(torch.zeros_like(block), torch.ones_like(block), block, copy)
 
 
 # make_basic_block_attention of the TraceRL reference, rows top to bottom, zeros to the right left out (vector V2).
@@ -31,65 +33,147 @@ V2 = {
 
 @pytest.mark.parametrize("shape", V2)
 def test_visibility_equals_the_reference_mask(shape):
-    block, copy = reference_ids(*shape)
-    rows = [[int(v) for v in row.ljust(block.shape[1], "0")] for row in V2[shape]]
-    assert visible(block, copy)[0].int().tolist() == rows
+    tags = reference_tags(*shape)
+    rows = [[int(v) for v in row.ljust(len(tags.block), "0")] for row in V2[shape]]
+    assert visibility(tags).int().tolist() == rows
 
 
-def test_padding_sees_itself_only_and_sequences_do_not_mix():
-    block, copy = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 0, 0, -1]])
-    assert visible(block, copy)[0].int().tolist() == [[1, 1, 1, 0]] * 3 + [[0, 0, 0, 1]]
-    apart = visible(block, torch.zeros_like(block), torch.tensor([[0, 0, 1, 1]]))
-    assert apart[0].int().tolist() == [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
+def test_sequences_and_responses_do_not_mix_and_share_their_prompt():
+    zeros = torch.zeros(4, dtype=torch.long)
+    apart = Tags(torch.tensor([0, 0, 1, 1]), zeros, zeros, zeros)
+    assert visibility(apart).int().tolist() == [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
+    # a prompt block, a response's clean block and its segment, another response's segment with the same ids
+    shared = Tags(zeros, torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 1]))
+    assert visibility(shared).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
 
 
 def test_a_partial_first_block_is_shown_with_its_prompt_tokens():
     prompt, response = np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8])
     masked = np.array([[True, True, True], [False, True, False]])
     scored = np.array([[True, False, True], [False, True, False]])
-    (pack,) = pack_rows(prompt, response, masked, scored, block_size=4, mask_id=99)
-    assert pack.input_ids.tolist() == [1, 2, 3, 4] + [5, 99, 99, 99] + [5, 6, 99, 8]
-    assert pack.position_ids.tolist() == [0, 1, 2, 3] + [4, 5, 6, 7] * 2
-    assert pack.block.tolist() == [0] * 4 + [1] * 8
-    assert pack.copy.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert pack.index.tolist() == [5, 7, 10] and pack.targets.tolist() == [6, 8, 7] and pack.slot.tolist() == [0, 1, 2]
+    piece = make_piece(prompt, response, masked, scored, block_size=4, mask_id=99)
+    batch = pack([piece], [piece.slot])
+    assert batch.input_ids[0].tolist() == [1, 2, 3, 4] + [5, 99, 99, 99] + [5, 6, 99, 8]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3] + [4, 5, 6, 7] * 2
+    assert batch.tags.block.tolist() == [0] * 4 + [1] * 8
+    assert batch.tags.copy.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert batch.index.tolist() == [5, 7, 10] and batch.targets.tolist() == [6, 8, 7] and batch.slot.tolist() == [0, 1, 2]
 
 
 def test_only_segments_with_something_to_score_are_packed():
     prompt, response = np.arange(4), np.arange(10, 18)
     scored = np.zeros((2, 8), bool)
     scored[0, 1], scored[1, 6] = True, True
-    (pack,) = pack_rows(prompt, response, scored, scored, block_size=4, mask_id=99)
-    assert len(pack) == 8 + 4 + 4  # clean blocks 0 and 1, one segment each in blocks 1 and 2
-    assert pack_rows(prompt, response, scored & False, scored & False, block_size=4, mask_id=99) == []
+    piece = make_piece(prompt, response, scored, scored, block_size=4, mask_id=99)
+    assert len(piece.prefix_ids) == 4 and len(piece) == 4 + 4 + 4  # clean block 1, one segment each in blocks 1 and 2
+    assert make_piece(prompt, response, scored & False, scored & False, block_size=4, mask_id=99) is None
 
 
 def test_off_grid_canvases_are_refused():
     scored = np.ones((1, 3), bool)
     with pytest.raises(ValueError, match="grid"):
-        pack_rows(np.arange(4), np.arange(3), scored, scored, block_size=4, mask_id=99)
+        make_piece(np.arange(4), np.arange(3), scored, scored, block_size=4, mask_id=99)
+
+
+def random_pack(rng, block_size: int, shared: bool = True):
+    """Some groups of responses with random rows; prompts of every remainder, shorter than a block too."""
+    pieces, slots, groups, count = [], [], [], 0
+    for group in range(4):
+        prompt = rng.integers(0, 50, rng.integers(0, 11))
+        for _ in range(rng.integers(1, 4)):
+            length = int(rng.integers(1, 4)) * 4 + (-len(prompt)) % 4
+            masked = rng.random((rng.integers(1, 4), length)) < 0.7
+            scored = masked & (rng.random(masked.shape) < 0.6)
+            piece = make_piece(prompt, rng.integers(0, 50, length), masked, scored, block_size=block_size, mask_id=99)
+            if piece is None:
+                continue
+            pieces.append(piece)
+            slots.append(piece.slot + count)
+            groups.append(group if shared else len(groups))
+            count += len(piece.slot)
+    return pack(pieces, slots, groups)
+
+
+@pytest.mark.parametrize("block_size", (4, 0))
+@pytest.mark.parametrize("seed", range(6))
+def test_every_visible_pair_lies_in_exactly_one_look(block_size, seed):
+    batch = random_pack(np.random.default_rng(seed), block_size)
+    looked = torch.zeros(len(batch.tags.copy), len(batch.tags.copy), dtype=torch.int)
+    for part in PartsPlan(batch.tags, batch.looks).parts:
+        queries, keys = part.queries.index.view(part.shape[0]), part.keys.index.view(part.shape[1])
+        seen = torch.ones(len(queries), queries.shape[1], keys.shape[1], dtype=torch.bool)
+        if part.mask is not None:
+            seen = part.mask[:, 0] == 0
+        for member in range(len(queries)):
+            own = slice(None) if part.queries.padding is None else ~part.queries.padding[member]
+            pairs = queries[member][own][:, None], keys[member][None]
+            looked.index_put_(pairs, seen[member][own].int(), accumulate=True)
+    assert torch.equal(looked, visibility(batch.tags).int())
+
+
+@pytest.mark.parametrize("block_size", (4, 0))
+@pytest.mark.parametrize("kv_heads", (4, 2))
+def test_parts_equal_the_dense_mask_forward_and_backward(block_size, kv_heads):
+    for seed in range(4):
+        batch = random_pack(np.random.default_rng(seed), block_size)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, len(batch.tags.copy), 8)
+        draw = lambda heads: torch.randn(shape[0], heads, *shape[1:], generator=generator, dtype=torch.double)  # noqa: B023, E731
+        inputs = [draw(heads).requires_grad_() for heads in (4, kv_heads, kv_heads)]
+        weight = torch.randn(1, shape[1], 4, 8, generator=generator, dtype=torch.double)
+        found = []
+        for plan in (PartsPlan(batch.tags, batch.looks), dense_plan(batch.tags)):
+            out = plan.attend(0, *inputs, 0.3)
+            found.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+        for mine, dense in zip(*found, strict=True):
+            torch.testing.assert_close(mine, dense, rtol=0, atol=1e-12)
+
+
+def test_sharing_a_prompt_changes_nothing_but_the_number_of_tokens():
+    model, tokenizer = tiny("block")
+    prompt = prompts(tokenizer, 3)[2]
+    records, _ = sample(model, [prompt] * 4, max_tokens=14)
+    found, tokens = [], []
+    for shared in (False, True):
+        packed, rollout = packed_replay(model, records, [0] * 4 if shared else None)
+        found.append(score(model, packed))
+        tokens.append(packed.input_ids.shape[1])
+    torch.testing.assert_close(*found, rtol=0, atol=2e-6)
+    assert tokens[0] - tokens[1] == 3 * (len(prompt) // 4 * 4) > 0
+    assert np.abs(found[1].numpy() - rollout).max() <= 1e-5
+
+
+def packed_replay(model, records, groups=None):
+    """(batch, recorded log-probabilities in the order of its scored tokens)."""
+    pieces, slots, rollout, count = [], [], [], 0
+    for record in records:
+        rows = plan_replay(record)
+        pieces.append(
+            make_piece(
+                record.prompt_ids, record.response_ids, rows.masked, rows.scored, block_size=record.block_size,
+                mask_id=model.spec.mask_token_id, logit_shift=model.spec.logit_shift,
+            )
+        )  # fmt: skip
+        slots.append(pieces[-1].slot + count)
+        rollout.append(np.broadcast_to(record.at_commit("logp"), rows.scored.shape)[rows.scored])
+        count += len(rollout[-1])
+    batch = pack(pieces, slots, groups).to(model.device)
+    return batch, np.concatenate(rollout)[batch.slot.cpu().numpy()]
+
+
+def score(model, batch, temperature: float = 1.0) -> torch.Tensor:
+    with torch.no_grad():
+        logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets, temperature)
+    return logp.cpu()
 
 
 def replay(model, records, batch_size: int) -> np.ndarray:
     """|learner - rollout| of every scored token, packed `batch_size` trajectories at a time."""
     gaps = []
     for start in range(0, len(records), batch_size):
-        packs, slots, rollout, count = [], [], [], 0
-        for record in [records[i] for i in range(start, min(start + batch_size, len(records)))]:
-            rows = plan_replay(record)
-            mine = pack_rows(
-                record.prompt_ids, record.response_ids, rows.masked, rows.scored, block_size=record.block_size,
-                mask_id=model.spec.mask_token_id, logit_shift=model.spec.logit_shift,
-            )  # fmt: skip
-            packs += mine
-            slots += [pack.slot + count for pack in mine]
-            rollout.append(np.broadcast_to(record.at_commit("logp"), rows.scored.shape)[rows.scored])
-            count += len(rollout[-1])
-        batch = collate(packs, slots, 0).to(model.device)
-        temperature = records[0].decoder["temperature"]
-        with torch.no_grad():
-            logp, _ = model(batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets, temperature)
-        gaps.append(np.abs(logp.cpu().numpy() - np.concatenate(rollout)[batch.slot.cpu().numpy()]))
+        chosen = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        batch, rollout = packed_replay(model, chosen)
+        gaps.append(np.abs(score(model, batch, records[0].decoder["temperature"]).numpy() - rollout))
     return np.concatenate(gaps)
 
 

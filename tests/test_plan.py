@@ -101,8 +101,7 @@ def test_needs_name_what_is_missing(tmp_path, monkeypatch):
         "data/math_train.jsonl",
         "data/math500.jsonl",
         "math_verify",
-        "8 GPUs",
-        "value model",
+        "12 GPUs",
     ):
         assert part in missing
     assert plan.needs(load()) == []

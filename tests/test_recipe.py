@@ -15,7 +15,12 @@ from rlpipe.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-RUNNABLE = ["quickstart", "quickstart_countdown", "quickstart_full"]
+VARIANTS = ("full", "countdown", "value", "mdpo", "cj_grpo", "coupled")
+RUNNABLE = ["quickstart", *(f"quickstart_{name}" for name in VARIANTS)]
+PUBLISHED = [
+    "tracerl_math", "tracerl_math_value", "tracerl_code", "tracerl_llada_math", "mdpo_math", "mdpo_countdown",
+    "cj_grpo_sudoku", "cj_grpo_math", "coupled_grpo_code", "just_grpo_gsm8k", "espo_countdown",
+]  # fmt: skip
 
 
 def load(*overrides: str) -> RunConfig:
@@ -35,7 +40,7 @@ def refused(arguments: list[str]) -> str:
 
 
 def test_the_shipped_recipes_are_the_promised_ones():
-    assert SHIPPED == sorted([*RUNNABLE, "tracerl_math", "tracerl_math_value"])
+    assert SHIPPED == sorted(RUNNABLE + PUBLISHED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -150,11 +155,20 @@ def test_without_a_recipe_the_known_ones_are_listed():
         ("rollout.decoder.threshold=1.1", ["threshold"]),
         ("rollout.decoder.temperature=0", ["greedy", "teach nothing"]),
         ("rollout.decoder.temperature=-1", ["temperature"]),
-        ("value.enabled=true", ["not in this version", "dry_run=true"]),
+        ("value.enabled=true algo.preset=wd1", ["value.enabled=true", "algo.preset=wd1", "tracerl"]),
         ("data.task=jsonl", ["data.train=FILE"]),
         ("data.train=mine.jsonl", ["data.task=jsonl"]),
         ("data.template=x", ["{prompt}"]),
         ("algo.preset=random_mask algo.shrink=2", ["algo.shrink=2"]),
+        ("value.enabled=true algo.ratio=sequence", ["algo.ratio=sequence", "algo.ratio=token"]),
+        ("algo.clip_dual=1.1", ["algo.clip_dual=1.1", "1 + algo.clip_high=1.2"]),
+        ("algo.score_by=forced algo.score_share=0.5", ["algo.score_share=0.5", "leave it 1"]),
+        ("algo.score_share=0", ["algo.score_share=0", "greater than 0"]),
+        ("algo.random_share=1.5", ["algo.random_share=1.5", "at most 1"]),
+        ("algo.kl_mix=0", ["algo.kl_mix=0", "greater than 0"]),
+        ("algo.preset=mdpo", ["algo.preset=mdpo", "full attention"]),
+        ("rollout.decoder.edit=rcr", ["no step map", "algo.preset=tracerl", "espo"]),
+        ("rollout.decoder.edit=rcr algo.preset=espo algo.score_share=0.5", ["score_share=1", "edit=none"]),
         ("eval.decoder.tempratur=1", ["eval.decoder.tempratur", "temperature"]),
         ("eval.decoder.temperature=hot", ["eval.decoder.temperature", "float"]),
         ("eval.decoder.select=none", ["eval.decoder.select=none", "threshold"]),
@@ -184,8 +198,9 @@ def test_enumerations_are_those_of_the_code():
     from rlpipe.models.tiny import KINDS, TINY_BLOCK_SIZE
     from rlpipe.objectives.advantages import ADVANTAGES
     from rlpipe.objectives.losses import KL_ESTIMATORS
-    from rlpipe.objectives.objective import PRESETS
+    from rlpipe.objectives.objective import KL_REFERENCES, PRESETS, SCORE_BY
     from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS
+    from rlpipe.objectives.units import UNITS
     from rlpipe.sampling.caching import CACHES
     from rlpipe.sampling.decoder import FUSIONS, STOPS
     from rlpipe.sampling.editing import EDITORS
@@ -197,6 +212,8 @@ def test_enumerations_are_those_of_the_code():
     assert set(CHOICES["algo.preset"]) == set(PRESETS)
     assert set(CHOICES["algo.advantage"]) == set(ADVANTAGES)
     assert set(CHOICES["algo.kl_estimator"]) == set(KL_ESTIMATORS)
+    assert CHOICES["algo.ratio"] == UNITS and CHOICES["algo.score_by"] == SCORE_BY
+    assert CHOICES["algo.kl_reference"] == KL_REFERENCES
     assert set(CHOICES["algo.normalizer"]) == set(NORMALIZERS)
     assert set(CHOICES["algo.kl_normalizer"]) == {"", *KL_NORMALIZERS}
     assert set(CHOICES["rollout.decoder.score"]) == set(SCORERS)

@@ -1,13 +1,15 @@
 """The rollout worker without Ray: its stream, its counters, and what it does when memory is short."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from tiny_models import prompts, tiny
 
 from rlpipe.config import DecoderConfig, ModelConfig
-from rlpipe.errors import RolloutFailed, WeightMismatch
+from rlpipe.errors import ConfigError, RolloutFailed, WeightMismatch
 from rlpipe.models.loading import save_model
-from rlpipe.rollout.worker import RolloutRequest, RolloutWorker, free_memory, slots_that_fit
+from rlpipe.rollout.worker import GONE, RolloutRequest, RolloutWorker, free_memory, slots_that_fit, up_to_eos
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine
 from rlpipe.sampling.request import Request
@@ -18,6 +20,14 @@ from rlpipe.trajectory import Prompt
 def folder(tmp_path_factory):
     model, tokenizer = tiny("block")
     path = tmp_path_factory.mktemp("model")
+    save_model(model, tokenizer, path, model.lm.state_dict())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def full_folder(tmp_path_factory):
+    model, tokenizer = tiny("full")
+    path = tmp_path_factory.mktemp("full_model")
     save_model(model, tokenizer, path, model.lm.state_dict())
     return str(path)
 
@@ -70,3 +80,33 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic():
     with pytest.raises(RolloutFailed, match=r"needs 0.\d MiB of cache, and 0.0 MiB are free"):
         slots_that_fit(engine, requests, decoder, 4, each / 2)
     assert free_memory(model.device) > 2**20
+
+
+def test_a_part_carries_the_texts_of_its_predictions(full_folder):
+    made = worker(full_folder)
+    plain = {part.place: part for part in made.generate(request())}
+    eos = made.engine.spec.eos_token_ids
+    asked = dataclasses.replace(request(), predictions=1)
+    for part in made.generate(asked):
+        assert part.texts == plain[part.place].texts and not plain[part.place].step_texts
+        assert len(part.step_texts) == len(part.step_index) == len(part.trajectories) == 3
+        for t, text, unlike, index in zip(part.trajectories, part.texts, part.step_texts, part.step_index, strict=True):
+            assert len(set(unlike)) == len(unlike) and index.dtype == np.int32 and len(index) == len(t.predictions)
+            assert sorted(set(index)) == list(range(len(unlike))) and index[0] == 0, "in order of appearance"
+            for row, which in zip(t.predictions.tokens, index, strict=True):
+                ends = np.flatnonzero(np.isin(row, eos))
+                cut = row[: ends[0] + 1] if len(ends) else row
+                assert unlike[which] == made.tokenizer.decode(cut.tolist(), skip_special_tokens=True)
+            assert unlike[index[-1]] == text, "the last prediction is the answer"
+    thin = next(iter(made.generate(dataclasses.replace(request(), predictions=5))))
+    assert all(len(t.predictions) <= 4 for t in thin.trajectories)
+
+
+def test_predictions_need_full_attention(folder):
+    with pytest.raises(ConfigError, match="step credit needs full attention"):
+        next(worker(folder).generate(dataclasses.replace(request(), predictions=1)))
+
+
+def test_texts_end_with_the_first_eos():
+    tokens = np.array([[4, 9, 5, 9], [9, 9, 9, 9], [1, 2, 3, 4], [1, 2, 3, 8]], np.int32)
+    assert up_to_eos(tokens, (8, 9)).tolist() == [[4, 9, GONE, GONE], [9, GONE, GONE, GONE], [1, 2, 3, 4], [1, 2, 3, 8]]

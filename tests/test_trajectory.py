@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlpipe.errors import NoStepMap
-from rlpipe.trajectory import COMMIT, EDIT, REMASK, EventLog, Trajectories, Trajectory
+from rlpipe.trajectory import COMMIT, EDIT, REMASK, EventLog, Predictions, Trajectories, Trajectory
 
 MASK = 99
 
@@ -86,3 +86,54 @@ def test_one_store_has_one_decoder():
         Trajectories.of([trajectory(MONOTONE), trajectory(MONOTONE, decoder={"select": "threshold"})])
     with pytest.raises(ValueError, match="no trajectories"):
         Trajectories.of([])
+
+
+def predicted(steps: int, length: int = 4) -> Predictions:
+    tokens = np.arange(steps * length, dtype=np.int32).reshape(steps, length)
+    return Predictions(step=np.arange(steps, dtype=np.int32) * 2, tokens=tokens, confidence=(tokens / 100).astype(np.float32))
+
+
+def test_predictions_and_step_rewards_are_kept_row_by_row(tmp_path):
+    rows = [
+        trajectory(MONOTONE, predictions=predicted(3), step_rewards=np.array([0, 0.5, 1], np.float32)),
+        trajectory(MONOTONE, sample=2),
+        trajectory(MONOTONE, length=6, sample=3, predictions=predicted(1, 6)),
+    ]
+    store = Trajectories.of(rows)
+    store.save(tmp_path / "t.npz")
+    for got in (store, Trajectories.load(tmp_path / "t.npz"), Trajectories.concat([store.select([0, 1]), store.select([2])])):
+        assert got[1].predictions is None and got[1].step_rewards is None and got[2].step_rewards is None
+        np.testing.assert_array_equal(got[0].step_rewards, rows[0].step_rewards)
+        for i in (0, 2):
+            for name, dtype in Predictions.DTYPES.items():
+                np.testing.assert_array_equal(getattr(got[i].predictions, name), getattr(rows[i].predictions, name))
+                assert getattr(got[i].predictions, name).dtype == dtype
+    assert not any("predictions" in name or "step_rewards" in name for name in store.select([1]).columns)
+    assert store[0].predictions.nbytes == 3 * 4 + 3 * 4 * 8
+
+
+@pytest.mark.parametrize("changes", [{"tokens": np.zeros((2, 4))}, {"confidence": np.zeros((3, 5))}, {"step": np.arange(2)}])
+def test_predictions_that_do_not_fit_together_are_refused(changes):
+    fields = {name: getattr(predicted(3), name) for name in Predictions.DTYPES}
+    with pytest.raises(ValueError, match="predictions disagree"):
+        Predictions(**fields | changes)
+
+
+def test_states_replay_a_token_at_a_time():
+    """The vectorised replay is a walk through the events, with tokens taken back and put again, also within a step."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        events = []
+        for step in range(6):
+            for position in rng.permutation(5)[: rng.integers(0, 5)]:
+                kind = int(rng.choice([COMMIT, REMASK, EDIT]))
+                events.append((step, int(position), MASK if kind == REMASK else int(rng.integers(1, 50)), kind))
+        if not events:
+            continue
+        record = trajectory(events, length=5)
+        for step in range(8):
+            canvas = [MASK] * 5
+            for when, position, token, kind in events:
+                if when < step:
+                    canvas[position] = MASK if kind == REMASK else token
+            assert record.state(step, MASK).tolist() == canvas

@@ -47,6 +47,14 @@ def test_a_worker_killed_in_mid_call_costs_nothing(pool, tmp_path):
     assert scores == [[{"reward": 1.0}] * 2] * 4 and (tmp_path / "seen").exists()
 
 
+def test_a_large_group_is_scored_by_several_calls(pool):
+    prompt = Prompt(uid="large", task="t", text="")
+    large = [(prompt, "a")] * 11
+    scores = pool.score_groups([large, groups("b")[0], [*large[:9], (prompt, "raise"), *large]])
+    assert scores[:2] == [[{"reward": 1.0}] * 11, [{"reward": 1.0}] * 2]
+    assert isinstance(scores[2], VerifierFailed) and "large" in str(scores[2])
+
+
 def test_batches_keep_groups_whole():
     sized = [[None] * n for n in (3, 3, 1, 9, 2)]
     assert _batches(sized, 4) == [[0], [1, 2], [3], [4]]

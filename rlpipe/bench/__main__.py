@@ -15,7 +15,13 @@ def _rollout(arguments: list[str]) -> None:
     main(arguments)
 
 
-BENCHES: dict[str, Callable[[list[str]], None]] = {"rollout": _rollout}
+def _learner(arguments: list[str]) -> None:
+    from rlpipe.bench.learner import main
+
+    main(arguments)
+
+
+BENCHES: dict[str, Callable[[list[str]], None]] = {"rollout": _rollout, "learner": _learner}
 
 
 def main(arguments: list[str] | None = None) -> int:

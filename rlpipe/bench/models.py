@@ -24,9 +24,13 @@ INIT_STD = 0.05  # flat enough to be harmless, uneven enough that the largest lo
 SHAPES = {  # layers · width · MLP width · heads · key-value heads · head width · vocabulary
     "3m": (5, 192, 576, 6, 6, 32, 2048),
     "30m": (8, 512, 1536, 8, 4, 64, 4096),
+    "30m-32k": (5, 512, 1536, 8, 4, 64, 32768),  # input and output embeddings tied: half of the parameters
+    "sdar-1.7b": (28, 2048, 6144, 16, 8, 128, 151936),
     "sdar-4b": (36, 2560, 9728, 32, 8, 128, 151936),
 }
-NAMES = ("3m", "30m", "3m:full", "30m:full", *KINDS, "sdar-4b")
+LARGE = ("sdar-1.7b", "sdar-4b")
+TIED = ("30m-32k", "sdar-1.7b")
+NAMES = ("3m", "30m", "30m-32k", "3m:full", "30m:full", *KINDS, *LARGE)
 
 
 def build(name: str, *, device: str, dtype: str, seed: int) -> DiffusionLM:
@@ -34,10 +38,10 @@ def build(name: str, *, device: str, dtype: str, seed: int) -> DiffusionLM:
     if name in KINDS:
         model, _ = build_tiny(ModelConfig(path=name), string.digits + string.ascii_lowercase + "+-*/=() ", seed)
     elif name in NAMES:
-        if name == "sdar-4b" and device == "cpu":
-            raise ConfigError("model=sdar-4b is for a GPU: it has 4 billion parameters; give device=cuda, or model=30m")
+        if name in LARGE and device == "cpu":
+            raise ConfigError(f"model={name} is for a GPU: it has billions of parameters; give device=cuda, or model=30m")
         shape, _, kind = name.partition(":")
-        model = _random(SHAPES[shape], kind or "block", device, DTYPES[dtype], seed)
+        model = _random(SHAPES[shape], kind or "block", device, DTYPES[dtype], seed, tied=shape in TIED)
     elif (Path(name) / "config.json").is_file():
         model = load_model(name, dtype)
     else:
@@ -46,7 +50,7 @@ def build(name: str, *, device: str, dtype: str, seed: int) -> DiffusionLM:
 
 
 @torch.no_grad()
-def _random(shape: tuple[int, ...], kind: str, device: str, dtype: torch.dtype, seed: int) -> DiffusionLM:
+def _random(shape: tuple[int, ...], kind: str, device: str, dtype: torch.dtype, seed: int, tied: bool) -> DiffusionLM:
     """Stock Qwen3 class (block attention) or Llama class (full attention); the last two ids are EOS and MASK."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -62,7 +66,7 @@ def _random(shape: tuple[int, ...], kind: str, device: str, dtype: torch.dtype, 
         head_dim=head_dim,
         vocab_size=vocabulary,
         max_position_embeddings=32768,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=vocabulary - 2,

@@ -48,12 +48,36 @@ class RolloutSettings:
         return decoder_config(name, **{"max_tokens": self.max_tokens, "temperature": 0.0} | self.changes)
 
 
-def read(arguments: Sequence[str]) -> RolloutSettings:
-    """Raises ConfigError: an argument that is not key=value, an unknown key with the nearest one, a value of another type."""
-    kinds = {f.name: type(f.default) for f in fields(RolloutSettings) if f.name != "changes"}
+@dataclass
+class LearnerSettings:
+    model: str = "3m"  # as of the rollout bench; block models only
+    groups: int = 2  # prompts
+    samples: int = 8  # responses to each
+    prompt_len: int = 128
+    response_len: int = 128
+    tokens_per_step: int = 1  # committed in each denoising step of a block
+    shrink: int = 1  # denoising steps merged into a row
+    token_budget: int = 8192  # of a packed micro-batch
+    repeat: int = 2  # rounds; every contestant runs once a round, and its best round counts
+    checkpointing: bool = False  # of activations, on both sides
+    device: str = "cpu"  # cpu | cuda
+    dtype: str = "auto"  # float32 | bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
+    threads: int = 0  # of torch; 0: all cores
+    seed: int = 0
+    out: str = ""  # a JSON file for the results
+    baselines: str = "published"  # published | none
+    peak_tflops: float = H200_TFLOPS  # of the roofline, on a GPU
+
+
+def read(arguments: Sequence[str], kind: type = RolloutSettings) -> Any:
+    """Settings of the given dataclass. Raises ConfigError: an argument that is not key=value, an unknown key with the nearest
+    one, a value of another type."""
+    kinds = {f.name: type(f.default) for f in fields(kind) if f.name != "changes"}
     default = DecoderConfig()
     free = {f"{DECODER}{f.name}": type(getattr(default, f.name)) for f in fields(default) if f.name != "preset"}
-    settings = RolloutSettings()
+    if kind is not RolloutSettings:
+        free = {}
+    settings = kind()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
@@ -64,7 +88,8 @@ def read(arguments: Sequence[str]) -> RolloutSettings:
             settings.changes[key.removeprefix(DECODER)] = _typed(key, text, free[key])
         else:
             near = difflib.get_close_matches(key, [*kinds, *free], n=1, cutoff=0.0)[0]
-            raise ConfigError(f"there is no key '{key}'; did you mean {near}? Known: {', '.join(kinds)}, {DECODER}KEY")
+            known = ", ".join([*kinds, f"{DECODER}KEY"] if free else kinds)
+            raise ConfigError(f"there is no key '{key}'; did you mean {near}? Known: {known}")
     _check(settings)
     return settings
 
@@ -83,16 +108,19 @@ def _typed(key: str, text: str, kind: type) -> Any:
     return value
 
 
-def _check(settings: RolloutSettings) -> None:
-    for name, least in (("n", 1), ("prompt_len", 1), ("max_tokens", 1), ("slots", 0), ("repeat", 1), ("threads", 0)):
+def _check(settings: Any) -> None:
+    for name in (f.name for f in fields(settings) if type(f.default) is int):
+        least = 0 if name in ("slots", "threads", "seed", "sequential_n") else 1
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: it must be at least {least}")
-    if not 0 <= settings.sequential_n <= settings.n:
-        raise ConfigError(f"sequential_n={settings.sequential_n}: it must be between 0 (all) and n={settings.n}")
-    choices = {"baselines": tuple(BASELINES), "device": ("cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+    choices = {"device": ("cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "baselines": ("published", "none")}
+    if isinstance(settings, RolloutSettings):
+        choices["baselines"] = tuple(BASELINES)
+        if settings.sequential_n > settings.n:
+            raise ConfigError(f"sequential_n={settings.sequential_n}: it must be between 0 (all) and n={settings.n}")
     for name, known in choices.items():
         if getattr(settings, name) not in known:
             raise ConfigError(f"{name}={getattr(settings, name)}: known are {', '.join(known)}")
     for name in ("peak_tflops", "bandwidth_tbs"):
-        if getattr(settings, name) <= 0:
+        if getattr(settings, name, 1.0) <= 0:
             raise ConfigError(f"{name}={getattr(settings, name)}: it must be above 0")

@@ -1,4 +1,4 @@
-"""The policy under DeepSpeed: scoring, updating, exporting. One object a rank; knows nothing of Ray.
+"""A model under DeepSpeed: updating, exporting, saving. One object a rank; knows neither Ray nor what the loss is.
 
 DeepSpeed owns sharding, optimizer and checkpoints. Three things are ours on purpose: the process group (made before
 DeepSpeed, so that its address and deadline are explicit), the accumulation boundary (DeepSpeed with accumulation 1 would keep
@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from rlpipe.config import LearnerConfig
 from rlpipe.errors import CheckpointError, RlpipeError
-from rlpipe.learner.samples import Samples, Shard
-from rlpipe.models.loading import save_model
-from rlpipe.models.packing import PackedBatch, collate, pack_rows
-from rlpipe.models.policy import DiffusionLM
+from rlpipe.models.adapters import merge, merged_parameters
 from rlpipe.models.weights import Entry, fill_bucket, split_buckets, tensor_of
-from rlpipe.objectives.objective import Objective
 
-TAG = "learner"  # of a DeepSpeed checkpoint inside its folder
 EXPORT_BUCKET_BYTES = 256 * 2**20
+Run = Callable[[list[int]], tuple[torch.Tensor, dict[str, float]]]
 
 
 def join_process_group(rank: int, world: int, master: str, timeout_s: float) -> None:
-    """gloo on CPU, nccl on GPU; master is 'host:port'. Must come before `DeepSpeedLearner`."""
+    """gloo on CPU, nccl on GPU; master is 'host:port'. Must come before `Engine`."""
     host, port = master.rsplit(":", 1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=host, MASTER_PORT=port)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -42,7 +40,7 @@ def join_process_group(rank: int, world: int, master: str, timeout_s: float) -> 
     )
 
 
-def _import_deepspeed():
+def import_deepspeed():
     """DeepSpeed without its shared-memory op, which it would compile on first use and which can hang for ever."""
     import deepspeed
     import deepspeed.ops
@@ -53,196 +51,112 @@ def _import_deepspeed():
     return deepspeed
 
 
-class DeepSpeedLearner:
-    """model: on its device already. objective: the loss. temperature: of the sampler, so that ratios compare like with like."""
+class Engine:
+    """model: on its device already, with an `lm` that is exported; parameters without gradient are left alone. lr: of this
+    model, scheduled over `total_updates` as config says. name: tag of its checkpoints."""
 
-    def __init__(self, model: DiffusionLM, objective: Objective, config: LearnerConfig, temperature: float, total_updates: int):
-        self.deepspeed = _import_deepspeed()
-        self.objective, self.config = objective, config
-        self.temperature, self.total_updates = temperature, total_updates
-        self.spec = model.spec
+    def __init__(self, model: nn.Module, config: LearnerConfig, lr: float, total_updates: int, name: str):
+        self.deepspeed = import_deepspeed()
+        self.config, self.lr, self.total_updates, self.name = config, lr, total_updates, name
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.updates_done = 0
         if config.activation_checkpointing:
             model.lm.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.lr,
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=lr,
             betas=tuple(config.betas),
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, model.lm.dtype), dist_init_required=False
+        settings = deepspeed_config(config, model.lm.dtype)
+        self.module, self.optimizer, _, _ = self.deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self.begin(Samples.of([]))
 
     @property
     def device(self) -> torch.device:
-        return self.engine.device
+        return self.module.device
 
-    def begin(self, samples: Samples) -> None:
-        """Pack the samples of a step. Everything afterwards refers to them by index."""
-        self.samples = list(samples)
-        self.packs = [self._pack(sample) for sample in self.samples]
-        self.old_logp = [torch.full((sample.num_scored,), float("nan")) for sample in self.samples]
+    @property
+    def model(self) -> nn.Module:
+        """What DeepSpeed wraps."""
+        return self.module.module
 
-    @torch.no_grad()
-    def score(self, shard: Shard) -> dict[str, np.ndarray]:
-        """Log-probabilities of every sample before any update; kept as the denominators of the ratios.
-
-        Returns the parity gauge's raw material, flat over the scored tokens whose state the rollout shared: `learner` and
-        `rollout` log-probabilities (float32) and whether they should agree, `exact` (bool).
-        """
-        self.engine.eval()
-        self.begin(shard.samples)
-        for batch in [batch for update in shard.updates for batch in update] + shard.gauge:
-            logp, _ = self._forward(batch)
-            if not is_filler(batch):
-                self._remember(batch, logp)
-        known = [~np.isnan(sample.rollout_logp) for sample in self.samples]
-        pairs = list(zip(known, self.old_logp, self.samples, strict=True))
-        return {
-            "learner": np.concatenate([old.numpy()[mask] for mask, old, _ in pairs] or [np.zeros(0, np.float32)]),
-            "rollout": np.concatenate([s.rollout_logp[mask] for mask, _, s in pairs] or [np.zeros(0, np.float32)]),
-            "exact": np.concatenate([np.full(mask.sum(), s.exact) for mask, _, s in pairs] or [np.zeros(0, bool)]),
-        }
-
-    def update(self, shard: Shard, epochs: int) -> list[dict[str, Any]]:
-        """All optimizer updates of a step, after `score`. Returns one dict an update: additive `sums` of this rank (see
-        `Objective.loss`), and `grad_norm`, `lr`, equal on all ranks."""
-        self.engine.train()
-        return [self._update(micro_batches) for _ in range(epochs) for micro_batches in shard.updates]
-
-    def _update(self, micro_batches: list[list[int]]) -> dict[str, Any]:
-        before = self.engine.global_steps
-        rate = learning_rate(self.config, self.updates_done, self.total_updates)
-        for group in self.engine.optimizer.param_groups:
+    def update(self, micro_batches: Sequence[list[int]], run: Run) -> dict[str, Any]:
+        """One optimizer update. run(micro-batch) → (this rank's share of the loss, additive sums). Returns `sums` of this rank,
+        and `grad_norm`, `lr`, equal on all ranks."""
+        before = self.module.global_steps
+        rate = learning_rate(self.config, self.lr, self.updates_done, self.total_updates)
+        for group in self.module.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, float] = {}
+        norm = None
         for place, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
-            loss, batch_sums = self._loss(batch)
-            self.engine.backward(loss * self.world)  # DeepSpeed averages gradients over ranks; our losses add up
+            self.module.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
+            loss, batch_sums = run(batch)
+            self.module.backward(loss * self.world)  # DeepSpeed averages gradients over ranks; our losses add up
             norm = self._plain_norm() if self.config.zero_stage == 0 else None
-            self.engine.step()
+            self.module.step()
             merge_sums(sums, batch_sums)
-        if self.engine.global_steps != before + 1:
-            raise RlpipeError(f"an update made {self.engine.global_steps - before} optimizer steps instead of one")
+        if self.module.global_steps != before + 1:
+            raise RlpipeError(f"an update made {self.module.global_steps - before} optimizer steps instead of one")
         self.updates_done += 1
-        return {"sums": sums, "grad_norm": float(norm or self.engine.get_global_grad_norm()), "lr": rate}
+        return {"sums": sums, "grad_norm": float(norm or self.module.get_global_grad_norm()), "lr": rate}
 
     def _plain_norm(self) -> torch.Tensor:
         """Norm of the reduced gradients before clipping; without ZeRO DeepSpeed does not keep it."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
-    def _loss(self, batch: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
-        logp, entropy = self._forward(batch)
-        if is_filler(batch):  # the pass happens, so that collectives match on all ranks, and adds exactly nothing
-            return (logp * 0.0).sum(), {}
-        column = lambda name: torch.from_numpy(  # noqa: E731
-            np.concatenate([getattr(self.samples[i], name) for i in batch])
-        ).to(logp.device)
-        terms = self.objective.loss(
-            logp,
-            torch.cat([self.old_logp[i] for i in batch]).to(logp.device),
-            column("advantage"),
-            column("policy_weight"),
-            column("kl_weight"),
-            entropy=entropy,
-            behaviour_logp=self._behaviour(batch).to(logp.device),
-        )
-        return terms.loss, {name: float(value) for name, value in terms.sums.items()}
-
-    def _behaviour(self, batch: list[int]) -> torch.Tensor:
-        """float32 [M]: what the sampler recorded where it drew from another distribution than the learner's, NaN elsewhere."""
-        held = [self.samples[i] for i in batch]
-        return torch.from_numpy(np.concatenate([np.where(s.exact, np.float32("nan"), s.rollout_logp) for s in held]))
-
-    def _pack(self, sample):
-        packs = pack_rows(
-            sample.prompt_ids,
-            sample.response_ids,
-            sample.masked,
-            sample.scored,
-            block_size=sample.block_size,
-            mask_id=self.spec.mask_token_id,
-            logit_shift=self.spec.logit_shift,
-            targets=sample.targets if sample.targets.size else None,
-        )
-        if len(packs) != 1:
-            raise ValueError(f"a sample must pack into one sequence, this one gives {len(packs)}")
-        return packs[0]
-
-    def _forward(self, batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [M] of the batch's scored tokens, sample after sample."""
-        indices = [i if i >= 0 else ~i for i in batch]
-        offsets = np.cumsum([0] + [self.samples[i].num_scored for i in indices])
-        slots = [self.packs[i].slot + start for i, start in zip(indices, offsets[:-1], strict=True)]
-        packed: PackedBatch = collate([self.packs[i] for i in indices], slots, self.spec.mask_token_id).to(self.device)
-        logp, entropy = self.engine(
-            packed.input_ids, packed.position_ids, packed.plan(), packed.index, packed.targets, self.temperature
-        )
-        order = packed.slot.argsort()
-        return logp[order], entropy[order]
-
-    def _remember(self, batch: list[int], logp: torch.Tensor) -> None:
-        sizes = [self.samples[i].num_scored for i in batch]
-        for index, values in zip(batch, logp.float().cpu().split(sizes), strict=True):
-            self.old_logp[index] = values.clone()
-
-    def export(self, bucket_bytes: int):
-        """Yield (bucket uint8 [n], entries) of the model's weights on rank 0, (None, []) elsewhere.
+    def export(self, bucket_bytes: int) -> Iterator[tuple[np.ndarray | None, list[Entry]]]:
+        """Yield (bucket uint8 [n], entries) of the plain model's weights on rank 0, adapters merged; (None, []) elsewhere.
 
         At ZeRO 3 each bucket is gathered by itself, so no rank ever holds a second copy of the model; all ranks must iterate.
         """
-        stage3 = self.config.zero_stage == 3
-        named = list(self.engine.module.lm.named_parameters())
-        sizes = [(p.ds_numel if stage3 else p.numel()) * p.element_size() for _, p in named]
+        lm, stage3 = self.model.lm, self.config.zero_stage == 3
+        named = merged_parameters(lm)
+        sizes = [(p[0].ds_numel if stage3 else p[0].numel()) * p[0].element_size() for _, p in named]
         for number, indices in enumerate(split_buckets(sizes, bucket_bytes)):
             chosen = [named[i] for i in indices]
-            with self.deepspeed.zero.GatheredParameters([p for _, p in chosen], enabled=stage3):
+            with self.gathered([p for _, parts in chosen for p in parts]):
                 packed: tuple[np.ndarray | None, list[Entry]] = (None, [])
                 if self.rank == 0:
-                    packed = fill_bucket(chosen, number)
+                    packed = fill_bucket([(name, merge(lm, name, parts)) for name, parts in chosen], number)
             yield packed
+
+    def gathered(self, parameters: list[nn.Parameter]):
+        """Context in which the parameters are whole, whatever the ZeRO stage; all ranks must enter."""
+        return self.deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The plain model's weights by name, on rank 0."""
+        state: dict[str, torch.Tensor] = {}
+        for bucket, entries in self.export(EXPORT_BUCKET_BYTES):
+            state.update((entry.name, tensor_of(entry, bucket)) for entry in entries)
+        return state
 
     def save(self, folder: Path) -> None:
         """All ranks write their part. Raises CheckpointError if the disk refuses."""
         try:
-            self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"updates_done": self.updates_done})
+            self.module.save_checkpoint(str(folder), tag=self.name, client_state={"updates_done": self.updates_done})
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"rank {self.rank} could not write its checkpoint to {folder}: {error}. Free some space; the last complete "
                 "checkpoint is untouched, and resume=auto continues from it"
             ) from error
 
-    def save_model(self, folder: Path, tokenizer) -> None:
-        """A Hugging Face folder with the current weights, written by rank 0; all ranks must call it."""
-        state: dict[str, torch.Tensor] = {}
-        for bucket, entries in self.export(EXPORT_BUCKET_BYTES):
-            state.update((entry.name, tensor_of(entry, bucket)) for entry in entries)
-        if self.rank == 0:
-            try:
-                save_model(self.engine.module, tokenizer, folder, state)
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(f"the model could not be written to {folder}: {error}. Free some space") from error
-
     def load(self, folder: Path) -> None:
         """Raises CheckpointError if the checkpoint is unreadable or was written by another number of ranks."""
         try:
-            path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+            path, state = self.module.load_checkpoint(str(folder), tag=self.name)
         except Exception as error:
             raise CheckpointError(
-                f"{folder} could not be loaded with {self.world} learner ranks at ZeRO {self.config.zero_stage}: {error}"
+                f"{folder} could not be loaded with {self.world} ranks of the {self.name} at ZeRO "
+                f"{self.config.zero_stage}: {error}"
             ) from error
         if path is None:
-            raise CheckpointError(f"{folder} holds no learner checkpoint")
+            raise CheckpointError(f"{folder} holds no checkpoint of the {self.name}")
         self.updates_done = state["updates_done"]
-
-
-def is_filler(batch: list[int]) -> bool:
-    return batch[0] < 0
 
 
 def merge_sums(total: dict[str, float], part: dict[str, float]) -> None:
@@ -254,16 +168,17 @@ def merge_sums(total: dict[str, float], part: dict[str, float]) -> None:
             total[name] = total.get(name, 0.0) + value
 
 
-def learning_rate(config: LearnerConfig, update: int, total: int) -> float:
-    """Rate of the given 0-based optimizer update: linear warm-up, then constant, linear to 0 or cosine to 0 over `total`."""
+def learning_rate(config: LearnerConfig, lr: float, update: int, total: int) -> float:
+    """Rate of the given 0-based optimizer update: linear warm-up to `lr`, then constant, linear to 0 or cosine to 0 over
+    `total`."""
     if update < config.lr_warmup:
-        return config.lr * (update + 1) / config.lr_warmup
+        return lr * (update + 1) / config.lr_warmup
     done = min(1.0, (update - config.lr_warmup) / max(1, total - config.lr_warmup))
     if config.lr_schedule == "linear":
-        return config.lr * (1.0 - done)
+        return lr * (1.0 - done)
     if config.lr_schedule == "cosine":
-        return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.lr
+        return lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return lr
 
 
 def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From scored groups to the samples of a step: advantages, rows, weights. Pure; the same on any number of ranks."""
+"""From scored groups to the samples of a step: advantages, rows, units, weights. Pure; the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlpipe.learner.micro_batches import Sizes
 from rlpipe.learner.samples import Sample
 from rlpipe.objectives.objective import Objective
 from rlpipe.objectives.planner import plan_replay
 from rlpipe.objectives.rows import Rows
+from rlpipe.objectives.units import Units, join
 from rlpipe.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """samples: all that is scored · updates: indices of each optimizer update · gauge: indices scored for parity only."""
+    """samples: all that is scored · owner: the trajectory each belongs to · updates: indices of each optimizer update · gauge:
+    indices scored for parity only."""
 
     samples: list[Sample]
+    owner: list[int]
     updates: list[list[int]]
     gauge: list[int]
 
@@ -28,7 +32,9 @@ class StepPlan:
 
     @property
     def packed_tokens(self) -> int:
-        return sum(self.samples[i].packed_tokens() for update in self.updates for i in update)
+        """Tokens of the updates if each fitted one micro-batch."""
+        sizes = Sizes.of(self.samples)
+        return sum(sizes.tokens(update) for update in self.updates)
 
 
 def plan_step(
@@ -40,70 +46,109 @@ def plan_step(
     gauge_trajectories: int,
     rng: np.random.Generator,
 ) -> StepPlan:
-    """trajectories and advantages float32[N] in one order. The trajectories are dealt at random to `updates` optimizer updates
-    (fewer if there are not enough), each with its own reducer weights. When the objective's rows are not the states that the
-    sampler saw, the first `gauge_trajectories` are also replayed exactly, for the parity gauge alone."""
-    order = rng.permutation(len(trajectories))
+    """trajectories and advantages float32[N] in one order. Whole groups are dealt at random to `updates` optimizer updates
+    (single responses where there are fewer groups than updates), each with its own reducer weights. When the objective's rows
+    are not the states that the sampler saw, the first `gauge_trajectories` are also replayed exactly, for the parity gauge
+    alone."""
+    rows = objective.plan_all(trajectories, rng)
+    group = np.unique([trajectory.uid for trajectory in trajectories], return_inverse=True)[1]
     samples: list[Sample] = []
+    owner: list[int] = []
     plan: list[list[int]] = []
-    for part in np.array_split(order, min(updates, len(order))):
-        chosen = [trajectories[i] for i in part]
-        rows = [objective.plan(trajectory, rng) for trajectory in chosen]
-        weights = objective.weights(rows, [trajectory.response_len for trajectory in chosen])
+
+    def add(i: int, row: Rows, units: Units, policy: np.ndarray, kl: np.ndarray, replays: bool) -> None:
+        made = make_samples(trajectories[i], row, units, policy, kl, advantages[i], int(group[i]), replays=replays)
+        samples.extend(made)
+        owner.extend([i] * len(made))
+
+    for part in deal(group, updates, rng):
         first = len(samples)
-        for i, trajectory, row, policy, kl in zip(part, chosen, rows, *weights, strict=True):
-            advantage = np.full(row.num_scored, advantages[i], np.float32)
-            samples += make_samples(trajectory, row, advantage, policy, kl, replays=objective.replays_rollout)
+        units = [objective.units(rows[i], trajectories[i]) for i in part]
+        weights = objective.weights(units, [trajectories[i].response_len for i in part])
+        for i, unit, policy, kl in zip(part, units, *weights, strict=True):
+            add(i, rows[i], unit, policy, kl, objective.replays_rollout)
         plan.append(list(range(first, len(samples))))
     first = len(samples)
     if not objective.replays_rollout:
-        for trajectory in trajectories[:gauge_trajectories]:
+        for i, trajectory in enumerate(trajectories[:gauge_trajectories]):
             if trajectory.is_monotone():
                 row = plan_replay(trajectory)
                 nothing = np.zeros(row.num_scored, np.float32)
-                samples += make_samples(trajectory, row, nothing, nothing, nothing, replays=True)
-    return StepPlan(samples, plan, list(range(first, len(samples))))
+                add(i, row, join(row, "token", np.zeros(trajectory.response_len, np.int64)), nothing, nothing, True)
+    return StepPlan(samples, owner, [update for update in plan if update], list(range(first, len(samples))))
+
+
+def deal(group: np.ndarray, updates: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """group int[N] of each response → the responses of each update, in the order of their groups."""
+    count = int(group.max()) + 1
+    if count < updates:
+        return np.array_split(rng.permutation(len(group)), min(updates, len(group)))
+    parts = np.array_split(rng.permutation(count), updates)
+    return [np.concatenate([np.flatnonzero(group == g) for g in part]) for part in parts]
 
 
 def make_samples(
     trajectory: Trajectory,
     rows: Rows,
-    advantage: np.ndarray,
+    units: Units,
     policy_weight: np.ndarray,
     kl_weight: np.ndarray,
+    advantage: float,
+    group: int,
     *,
     replays: bool,
 ) -> list[Sample]:
-    """One sample for a block trajectory, one a row for a full-attention one. advantage and weights float32[M], row-major.
+    """One sample for a block trajectory; under full attention one a row, or one in all where units span rows. Weights
+    float32[U]; advantage: of the response, unless the units have their own.
 
     replays: the rows show the learner exactly the states the sampler saw, so log-probabilities can be compared.
     """
-    if not len(rows):
-        return []
+    credit = np.full(len(units), advantage, np.float32) if units.credit is None else units.credit
+    rollout = np.full(rows.num_scored, np.nan, np.float32)
     if replays:
         rollout = np.broadcast_to(trajectory.at_commit("logp"), rows.scored.shape)[rows.scored]
-    else:
-        rollout = np.full(rows.num_scored, np.nan, np.float32)
-    ends = rows.scored.sum(1).cumsum()
-    parts = [slice(0, len(rows.scored))] if trajectory.block_size else [slice(r, r + 1) for r in range(len(rows.scored))]
+    row_of_entry = np.nonzero(rows.scored)[0]
     samples = []
-    for part in parts:
-        flat = slice(int(ends[part.start - 1]) if part.start else 0, int(ends[part.stop - 1]))
-        if flat.stop == flat.start:
+    for part in _parts(rows, units, bool(trajectory.block_size)):
+        entries = (row_of_entry >= part.start) & (row_of_entry < part.stop)
+        if not entries.any():
             continue
+        chosen, unit = np.unique(units.entry[entries], return_inverse=True)
+        plain = len(chosen) == len(unit) and bool((units.coefficient[entries] == 1).all())
         samples.append(
             Sample(
                 prompt_ids=trajectory.prompt_ids,
-                response_ids=trajectory.response_ids,
+                response_ids=_shown(trajectory, rows, part),
                 block_size=trajectory.block_size,
+                group=group,
                 masked=rows.masked[part],
                 scored=rows.scored[part],
                 targets=np.zeros((0, 0), np.int32) if rows.targets is None else rows.targets[part],
-                advantage=advantage[flat],
-                policy_weight=policy_weight[flat],
-                kl_weight=kl_weight[flat],
-                rollout_logp=rollout[flat],
+                advantage=credit[chosen],
+                policy_weight=policy_weight[chosen],
+                kl_weight=kl_weight[chosen],
+                rollout_logp=rollout[entries],
+                unit=np.zeros(0, np.int32) if plain else unit.astype(np.int32),
+                coefficient=np.zeros(0, np.float32) if plain else units.coefficient[entries],
+                returns=np.zeros(0, np.float32),
                 exact=trajectory.exact,
             )
         )
     return samples
+
+
+def _shown(trajectory: Trajectory, rows: Rows, part: slice) -> np.ndarray:
+    """int32[L]: what the sample's rows show where they mask nothing. A row with targets of its own (a full prediction) was
+    sampled behind the tokens that it still holds, which a decoder may have taken back since."""
+    if rows.targets is None or trajectory.block_size or part.stop - part.start > 1:
+        return trajectory.response_ids
+    return rows.targets[part.start].astype(np.int32)
+
+
+def _parts(rows: Rows, units: Units, together: bool) -> list[slice]:
+    """The rows of each sample."""
+    row = np.nonzero(rows.scored)[0]
+    spans = len(row) and (row != row[np.unique(units.entry, return_index=True)[1]][units.entry]).any()
+    if together or spans:
+        return [slice(0, len(rows))]
+    return [slice(r, r + 1) for r in range(len(rows))]

@@ -1,4 +1,4 @@
-"""The actor around one learner rank."""
+"""The actors around one rank of the policy's and of the value model's learner."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from pathlib import Path
 import torch
 
 from rlpipe.config import RunConfig
-from rlpipe.learner.engine import DeepSpeedLearner, join_process_group
-from rlpipe.learner.samples import Shard
+from rlpipe.learner.engine import join_process_group
+from rlpipe.learner.micro_batches import Shard
+from rlpipe.learner.policy import PolicyLearner
+from rlpipe.learner.value import ValueLearner
+from rlpipe.models.adapters import add_adapters
 from rlpipe.models.loading import load_model, load_tokenizer
+from rlpipe.models.policy import DiffusionLM
+from rlpipe.models.value import ValueModel
 from rlpipe.models.weights import Manifest, checksum
 from rlpipe.objectives.objective import build_objective
 
 
-class LearnerWorker:
+class RankWorker:
     """Waits for: its peers, inside collectives. Consumes: shards of samples. Produces: statistics and weights.
 
-    All ranks must be called in the same order; `LearnerGroup` does.
+    All ranks must be called in the same order; `RankGroup` does.
     """
 
     def __init__(self, rank: int, cfg: RunConfig, model_folder: str):
         torch.set_num_threads(cfg.learner.threads)
         self.rank, self.cfg, self.model_folder = rank, cfg, model_folder
-        self.shard: Shard | None = None
 
     def pid(self) -> int:
         return os.getpid()
@@ -38,37 +42,44 @@ class LearnerWorker:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, master: str) -> int:
-        """Join the process group and hand the model to DeepSpeed; returns the number of parameters."""
+    @property
+    def total_updates(self) -> int:
+        return self.cfg.steps * self.cfg.algo.updates_per_step * self.cfg.algo.epochs
+
+    def _load(self, master: str, folder: str) -> DiffusionLM:
         cfg = self.cfg
         join_process_group(self.rank, cfg.learner.workers, master, cfg.learner.timeout_s)
-        model = load_model(self.model_folder, cfg.model.dtype, cfg.model.block_size)
+        return load_model(folder, cfg.model.dtype, cfg.model.block_size)
+
+
+class LearnerWorker(RankWorker):
+    def start(self, master: str) -> int:
+        """Join the process group and hand the model to DeepSpeed; returns the number of parameters."""
+        cfg, config = self.cfg, self.cfg.learner
+        model = self._load(master, self.model_folder)
         parameters = sum(p.numel() for p in model.parameters())
-        if torch.cuda.is_available():
-            model = model.cuda()
-        updates = cfg.steps * cfg.algo.updates_per_step * cfg.algo.epochs
-        self.learner = DeepSpeedLearner(
-            model,
-            build_objective(cfg.algo, cfg.rollout.decoder.max_tokens),
-            cfg.learner,
-            cfg.rollout.decoder.temperature,
-            updates,
-        )
+        if config.lora_rank:
+            add_adapters(
+                model.lm,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha or config.lora_rank,
+                dropout=config.lora_dropout,
+                targets=config.lora_targets,
+            )
+        objective = build_objective(cfg.algo, cfg.rollout.decoder.max_tokens)
+        temperature = cfg.rollout.decoder.temperature
+        self.learner = PolicyLearner(_placed(model), objective, config, temperature, self.total_updates)
         return parameters
 
-    def score(self, shard: Shard):
-        self.shard = shard
-        return self.learner.score(shard)
-
-    def update(self) -> list[dict]:
-        return self.learner.update(self.shard, self.cfg.algo.epochs)
+    def train(self, shard: Shard) -> dict:
+        return self.learner.train(shard, self.cfg.algo.epochs)
 
     def export(self, version: int):
         """(Manifest, references to the buckets) on rank 0, None elsewhere."""
         import ray
 
         buckets, references, entries = [], [], []
-        for bucket, part in self.learner.export(self.cfg.learner.bucket_mb * 2**20):
+        for bucket, part in self.learner.engine.export(self.cfg.learner.bucket_mb * 2**20):
             if bucket is not None:
                 buckets.append(bucket)
                 references.append(ray.put(bucket))
@@ -84,3 +95,32 @@ class LearnerWorker:
 
     def load(self, folder: str) -> None:
         self.learner.load(Path(folder))
+
+
+class ValueWorker(RankWorker):
+    def start(self, master: str) -> int:
+        """Join the process group and hand the value model to DeepSpeed; returns the number of parameters."""
+        cfg = self.cfg
+        folder = cfg.value.path or self.model_folder
+        model = ValueModel(self._load(master, folder))
+        model.load_head(Path(folder))
+        self.learner = ValueLearner(_placed(model), cfg.value, cfg.learner, self.total_updates)
+        return sum(p.numel() for p in model.parameters())
+
+    def score(self, shard: Shard):
+        return self.learner.score(shard)
+
+    def train(self, shard: Shard) -> list[dict]:
+        return self.learner.train(shard, self.cfg.algo.epochs)
+
+    def save(self, folder: str) -> None:
+        """This rank's part of a checkpoint under folder/value; rank 0 also writes a folder for `value.path`."""
+        self.learner.save(Path(folder))
+        self.learner.save_model(Path(folder) / "value_model", load_tokenizer(self.model_folder))
+
+    def load(self, folder: str) -> None:
+        self.learner.load(Path(folder))
+
+
+def _placed(model: torch.nn.Module) -> torch.nn.Module:
+    return model.cuda() if torch.cuda.is_available() else model

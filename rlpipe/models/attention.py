@@ -46,33 +46,11 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, planned_attention)
 
 
-def visible(block: torch.Tensor, copy: torch.Tensor, sequence: torch.Tensor | None = None) -> torch.Tensor:
-    """The one visibility rule of packed rows: bool [N, T, T], True where query i may see key j.
-
-    block int[N, T]: block id on the absolute grid · copy int[N, T]: 0 for clean tokens, an id of its own for each noisy
-    segment (one block of one noisy row), -1 for padding · sequence int[N, T]: tells packed sequences apart.
-
-    Clean queries see clean keys of their own and earlier blocks; noisy queries see clean keys of earlier blocks and their
-    own segment. Full attention is the case of a single block. Padding sees itself only, so that no softmax row is empty.
-    Block form as in TraceRL (arXiv 2509.06949) and BD3-LM, but on the absolute grid and with every noisy row in one pass.
-    """
-    block_q, block_k = block.unsqueeze(-1), block.unsqueeze(-2)
-    copy_q, copy_k = copy.unsqueeze(-1), copy.unsqueeze(-2)
-    clean_key = copy_k == 0
-    from_clean = (copy_q == 0) & clean_key & (block_k <= block_q)
-    from_noisy = (copy_q > 0) & ((clean_key & (block_k < block_q)) | (copy_k == copy_q))
-    allowed = from_clean | from_noisy
-    if sequence is not None:
-        allowed = allowed & (sequence.unsqueeze(-1) == sequence.unsqueeze(-2))
-    itself = torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
-    return allowed | (itself & (copy_q < 0))
-
-
 class DensePlan:
-    """Every row sees what `mask` says: bool [N, T, T], True is visible. The learner's CPU path."""
+    """Every row sees what `mask` says: bool [N, T, T], True is visible; None: everything."""
 
-    def __init__(self, mask: torch.Tensor):
-        self.mask = mask.unsqueeze(1)
+    def __init__(self, mask: torch.Tensor | None):
+        self.mask = None if mask is None else mask.unsqueeze(1)
 
     def attend(self, layer, query, key, value, scaling):
         return _sdpa(query, key, value, self.mask, scaling)
@@ -218,7 +196,9 @@ class _Part:
         taken = torch.where((inside < counts.unsqueeze(1)) & (counts <= width).unsqueeze(1), inside, 0)
         self.gather = (start.unsqueeze(1) + taken).clamp_max(len(key_len) - 1)
         visible = key_len[self.gather]
-        self.num_keys = int(visible.max()) if hidden is None else int(store.max()) + 1
+        self.num_keys = int(visible.max())
+        if hidden is not None:  # rows stored behind the canvas see themselves
+            self.num_keys = max(self.num_keys, int(store.max()) + 1)
         keys = torch.arange(max(self.num_keys, 1), device=counts.device)
         mask = keys < visible.unsqueeze(-1)
         if hidden is not None:

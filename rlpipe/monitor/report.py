@@ -38,6 +38,7 @@ CHARTS = (  # title, {name of the line: key}, logarithmic
     ("Entropy", {"entropy": "algo/entropy"}, False),
     ("Ratios clipped", {"share": "algo/clip_fraction"}, False),
     ("Gradient norm", {"norm": "algo/grad_norm"}, False),
+    ("Value model: explained variance of the returns", {"explained": "value/explained_variance"}, False),
     ("Groups with a signal", {"groups": "algo/live_groups"}, False),
     ("Response tokens per second", {"tokens/s": "perf/rollout_tokens_per_s"}, False),
     ("Seconds per step", {"whole": "perf/step_s", "rollout": "perf/rollout_s", "update": "perf/update_s"}, False),

@@ -88,7 +88,8 @@ class LeftToRight:
         steps = trajectory.step_map()
         place = trajectory.prompt_len + np.arange(trajectory.response_len)
         rank = place % trajectory.block_size if trajectory.block_size else place - trajectory.prompt_len
-        rank = np.where(steps > 0, rank, trajectory.response_len)
+        never = max(trajectory.response_len, trajectory.block_size)  # a short answer may lie at the end of its block
+        rank = np.where(steps > 0, rank, never)
         rank[trajectory.preset() & (steps == 0)] = -1
         rows = rows_by_rank(trajectory, rank)
         rows = Rows(masked=rows.masked, scored=rows.scored, step=np.full(len(rows), -1, np.int32))

@@ -1,62 +1,89 @@
-"""Per-token losses on flat [T] tensors of scored tokens. Elementwise: reducers decide how much each token weighs.
+"""Losses of flat [U] tensors of units: tokens, or what joins them (`rlpipe.objectives.units`). Elementwise: reducers decide how
+much each unit weighs.
 
 Everything is computed in float32 at least, whatever the model's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LOG_RATIO_BOUND = 10.0  # |log ratio| beyond which a ratio is held constant: its exp() could overflow
-
-RatioUnit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def token_log_ratio(logp: torch.Tensor, old_logp: torch.Tensor) -> torch.Tensor:
-    """log p_new - log p_old of each token [T]: the ratio unit 'token'. Other units spread a sum over their tokens."""
-    return _float(logp) - _float(old_logp)
+DYNAMIC_CEILING = 10.0  # of the upper bound of `Clip.dynamic`, which grows without end as probabilities fall
 
 
-def policy_loss(
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    advantage: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-    log_ratio_bound: float = LOG_RATIO_BOUND,
-    ratio_unit: RatioUnit = token_log_ratio,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO-clip: (per_token_loss [T], ratio [T]); the loss is to be minimised.
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """How far a ratio may go before its gradient stops.
 
-    ratio = exp(clamp(log ratio, ±log_ratio_bound)); loss = -min(ratio·A, clamp(ratio, 1 - clip_low, 1 + clip_high)·A).
-    Sources: arXiv 1707.06347, with the bound of TraceRL's published block code; clip_high > clip_low: DAPO,
-    arXiv 2503.14476.
+    low, high: the bounds are 1 - low and 1 + high (arXiv 1707.06347; high > low: DAPO, arXiv 2503.14476) · dual: where the
+    advantage is negative, the loss is at most dual · |advantage|; 0 is off (arXiv 1912.09729) · dynamic: the bounds depend on
+    the probability q that the unit had, see `bounds` (DCPO, arXiv 2509.02333).
     """
-    ratio = ratio_unit(logp, old_logp).clamp(-log_ratio_bound, log_ratio_bound).exp()
-    advantage = _float(advantage)
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return -torch.minimum(ratio * advantage, clipped * advantage), ratio
+
+    low: float
+    high: float
+    dual: float = 0.0
+    dynamic: bool = False
+
+    def bounds(self, old_logp: torch.Tensor) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper bound of the ratio: two numbers, or two tensors [U] if dynamic: (1 + sqrt(max(1 - 4·low/q, 0))) / 2
+        and (1 + sqrt(1 + 4·high/q)) / 2, the latter at most 10, with q = exp(old_logp)."""
+        if not self.dynamic:
+            return 1.0 - self.low, 1.0 + self.high
+        inverse = (-_float(old_logp)).clamp(max=60.0).exp()  # 1/q, kept finite: 0 · inf is not a bound
+        lower = 0.5 + 0.5 * (1.0 - 4.0 * self.low * inverse).clamp(min=0.0).sqrt()
+        upper = 0.5 + 0.5 * (1.0 + 4.0 * self.high * inverse).sqrt()
+        return lower, upper.clamp(max=DYNAMIC_CEILING)
+
+
+def ratio_of(logp: torch.Tensor, old_logp: torch.Tensor, log_ratio_bound: float = LOG_RATIO_BOUND) -> torch.Tensor:
+    """p_new / p_old of each unit [U], its logarithm clamped to ±log_ratio_bound (as TraceRL's published block code does)."""
+    return (_float(logp) - _float(old_logp)).clamp(-log_ratio_bound, log_ratio_bound).exp()
+
+
+def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: Clip) -> torch.Tensor:
+    """PPO-clip [U], to be minimised: -min(ratio·A, clamp(ratio, bounds)·A); where A < 0 and clip.dual is on, at most
+    -dual·A."""
+    ratio, advantage = ratio_of(logp, old_logp), _float(advantage)
+    clipped = ratio.clamp(*clip.bounds(old_logp))
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if clip.dual:
+        loss = torch.where(advantage < 0, torch.minimum(loss, -clip.dual * advantage), loss)
+    return loss
+
+
+def likelihood_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: Clip) -> torch.Tensor:
+    """-A · log p of each unit [U]: the policy gradient without a ratio, so old_logp and clip do not matter (wd1, arXiv
+    2507.08838; SPG, arXiv 2510.09541)."""
+    return -_float(advantage) * _float(logp)
 
 
 def importance_weight(old_logp: torch.Tensor, behaviour_logp: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(p_old / p_behaviour, cap) of each token [T], 1 where behaviour_logp is NaN: truncated importance sampling for tokens
+    """min(p_old / p_behaviour, cap) of each unit [U], 1 where behaviour_logp is NaN: truncated importance sampling for units
     that were not drawn from the policy which opened the step (approximate caches, fused or cut distributions)."""
     weight = (_float(old_logp) - _float(behaviour_logp)).clamp(max=LOG_RATIO_BOUND).exp().clamp(max=cap)
     return torch.where(behaviour_logp.isnan(), 1.0, weight)
 
 
 def clip_is_active(
-    ratio: torch.Tensor, advantage: torch.Tensor, clip_low: float, clip_high: float
+    logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: Clip
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low, high), bool [T]: tokens whose gradient PPO-clip stops, at the lower bound (A < 0) or the upper (A > 0)."""
-    return (ratio < 1.0 - clip_low) & (advantage < 0), (ratio > 1.0 + clip_high) & (advantage > 0)
+    """(low, high), bool [U]: units whose gradient PPO-clip stops: at the lower bound (A < 0), at the upper bound (A > 0) or at
+    the dual clip's (A < 0)."""
+    ratio = ratio_of(logp, old_logp)
+    lower, upper = clip.bounds(old_logp)
+    high = (ratio > upper) & (advantage > 0)
+    if clip.dual:
+        high |= (ratio > clip.dual) & (advantage < 0)
+    return (ratio < lower) & (advantage < 0), high
 
 
 def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor, kind: str, log_ratio_bound: float = LOG_RATIO_BOUND) -> torch.Tensor:
-    """Estimates [T] of KL(policy ‖ reference) from tokens of the policy, with d = logp - ref_logp.
+    """Estimates [U] of KL(policy ‖ reference) from units of the policy, with d = logp - ref_logp.
 
     k1: d (unbiased, but its gradient averages to zero where the tokens came from the policy itself) · k2: d²/2 ·
     k3: exp(-d) - 1 + d, never negative, the exponent clamped to ±log_ratio_bound. Source: Schulman, "Approximating KL

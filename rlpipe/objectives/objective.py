@@ -1,6 +1,7 @@
-"""An objective is five small choices: row planner, ratio unit, advantage, loss, reducer. A preset names them.
+"""An objective is five small choices: row planner, ratio unit, advantage, loss, reducer. A preset and a recipe name them.
 
-Adding a method means one entry in `PRESETS` and at most one new function of the kind that differs.
+Adding a method means one entry in `PRESETS`, its numbers in `rlpipe.objective_presets`, and at most one new function of the
+kind that differs.
 """
 
 from __future__ import annotations
@@ -16,41 +17,52 @@ import torch
 from rlpipe.config import AlgoConfig
 from rlpipe.errors import ConfigError
 from rlpipe.objectives.advantages import ADVANTAGES, group_advantages
+from rlpipe.objectives.bounds import Sandwich
+from rlpipe.objectives.entries import Entries
 from rlpipe.objectives.estimators import AllMasked, LeftToRight, SampledSteps, Segments
-from rlpipe.objectives.losses import KL_ESTIMATORS, RatioUnit, importance_weight, kl_penalty, policy_loss, token_log_ratio
-from rlpipe.objectives.planner import Planner, RandomMask, Replay
-from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS, token_weights
+from rlpipe.objectives.losses import KL_ESTIMATORS, Clip, importance_weight, kl_penalty, likelihood_loss, policy_loss
+from rlpipe.objectives.masking import BlockMasks, ComplementaryMasks, CoupledMasks, select_scored
+from rlpipe.objectives.planner import Planner, RandomMask, Replay, counted_tokens, response_blocks
+from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS, unit_weights
 from rlpipe.objectives.rows import Rows
 from rlpipe.objectives.statistics import LossTerms, finalize, finalize_updates, importance_sums, ratio_sums
+from rlpipe.objectives.step_credit import ChosenSteps
+from rlpipe.objectives.units import UNITS, Units, join
 from rlpipe.trajectory import Trajectory
+
+KL_REFERENCES = ("old", "initial", "lagged")
+SCORE_BY = ("confidence", "forced")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """The five choices of a method; the recipe's `algo` section supplies their numbers.
+    """The choices of a method that are code; the recipe's `algo` section supplies the others and all numbers.
 
-    planner: the class of its row planner; algo.shrink and algo.options fill its fields · ratio_unit: see `token_log_ratio` ·
-    advantage: see `group_advantages` · policy_loss: see `losses.policy_loss` · reducer: see `token_weights`.
+    planner: the class of its row planner; algo.shrink and algo.options fill its fields · loss: see `losses.policy_loss` ·
+    bound: the class of a join that is not a sum, for the loss alone (its fields are filled from algo.options too); None: units
+    are sums.
     """
 
     planner: type[Planner]
-    ratio_unit: RatioUnit = token_log_ratio
-    advantage: Callable[[np.ndarray, str], np.ndarray] = group_advantages
-    policy_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = policy_loss
-    reducer: Callable[..., list[np.ndarray]] = token_weights
+    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Clip], torch.Tensor] = policy_loss
+    bound: type[Sandwich] | None = None
 
-    def make_planner(self, algo: AlgoConfig) -> Planner:
-        """Raises ConfigError for a number that the planner does not have, with the nearest one."""
+    def make(self, algo: AlgoConfig) -> tuple[Planner, Sandwich | None]:
+        """The planner and the bound. Raises ConfigError for a number that neither has, with the nearest one."""
         known = [field.name for field in fields(self.planner)]
+        of_bound = [field.name for field in fields(self.bound)] if self.bound else []
+        allowed = [name for name in (*known, *of_bound) if name != "shrink"]
         for name in algo.options:
-            if name not in known or name == "shrink":
-                near = get_close_matches(name, [k for k in known if k != "shrink"], 1, 0.0)
+            if name not in allowed:
+                near = get_close_matches(name, allowed, 1, 0.0)
                 hint = f"; did you mean {near[0]}?" if near else ", it has none"
                 raise ConfigError(f"algo.options.{name}: the rows of preset {algo.preset} have no such number{hint}")
         if algo.shrink < 1 or (algo.shrink != 1 and "shrink" not in known):
             wanted = "must be at least 1" if "shrink" in known else f"preset {algo.preset} merges no steps; leave it 1"
             raise ConfigError(f"algo.shrink={algo.shrink}: {wanted}")
-        return self.planner(**({"shrink": algo.shrink} if "shrink" in known else {}), **algo.options)
+        own = {name: value for name, value in algo.options.items() if name in known}
+        planner = self.planner(**({"shrink": algo.shrink} if "shrink" in known else {}), **own)
+        return planner, self.bound(**{k: v for k, v in algo.options.items() if k in of_bound}) if self.bound else None
 
 
 PRESETS: dict[str, Preset] = {
@@ -62,6 +74,11 @@ PRESETS: dict[str, Preset] = {
     "agrpo": Preset(planner=SampledSteps),
     "just_grpo": Preset(planner=LeftToRight),
     "diffu_grpo": Preset(planner=AllMasked),
+    "wd1": Preset(planner=AllMasked, loss=likelihood_loss),
+    "coupled_grpo": Preset(planner=CoupledMasks),
+    "espo": Preset(planner=ComplementaryMasks),
+    "spg": Preset(planner=BlockMasks, loss=likelihood_loss, bound=Sandwich),
+    "mdpo": Preset(planner=ChosenSteps),
 }
 
 
@@ -72,25 +89,62 @@ class Objective:
     preset: Preset
     algo: AlgoConfig
     planner: Planner
+    bound: Sandwich | None = None
     max_tokens: int | None = None
 
     @property
     def replays_rollout(self) -> bool:
-        """The rows show exactly the states that the sampler saw."""
-        return self.planner.replays_rollout
+        """All rows show exactly the states that the sampler saw."""
+        return self.planner.replays_rollout and not self.algo.random_share
+
+    @property
+    def needs_step_rewards(self) -> bool:
+        """Rows carry advantages of their own, made of rewards of every denoising step's prediction."""
+        return getattr(self.planner, "needs_step_rewards", False)
+
+    @property
+    def needs_reference(self) -> bool:
+        """`loss` wants the log-probabilities of a model other than the policy that opened the step."""
+        return self.algo.kl_coef > 0 and self.algo.kl_reference != "old"
 
     def plan(self, trajectory: Trajectory, rng: np.random.Generator) -> Rows:
         """Rows of one trajectory. Old, reference and new log-probabilities must be scored on the same rows."""
-        return self.planner.plan(trajectory, rng)
+        return self.plan_all([trajectory], rng)[0]
+
+    def plan_all(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> list[Rows]:
+        """Rows of all responses of a step, in their order, from one sequence of random numbers.
+
+        algo.random_share of them, drawn by chance, get a row of random masking instead of the planner's; of the scored tokens
+        those remain that algo.score_share and score_by choose. Raises NoStepMap where a planner needs the step map of a
+        trajectory that has none.
+        """
+        batch = getattr(self.planner, "plan_all", None)
+        planned = batch(trajectories, rng) if batch else [None] * len(trajectories)
+        for i, trajectory in enumerate(trajectories):
+            if self.algo.random_share and rng.random() < self.algo.random_share:
+                planned[i] = RandomMask().plan(trajectory, rng)
+            elif batch is None:
+                planned[i] = self.planner.plan(trajectory, rng)
+        return [self._select(rows, trajectory) for rows, trajectory in zip(planned, trajectories, strict=True)]
+
+    def _select(self, rows: Rows, trajectory: Trajectory) -> Rows:
+        if self.algo.score_by == "confidence" and self.algo.score_share >= 1:
+            return rows
+        return select_scored(rows, trajectory, self.algo.score_share, self.algo.score_by)
+
+    def units(self, rows: Rows, trajectory: Trajectory) -> Units:
+        """How the scored entries of a response join into the units of algo.ratio."""
+        return join(rows, self.algo.ratio, response_blocks(trajectory), int(counted_tokens(trajectory).sum()))
 
     def advantages(self, rewards: np.ndarray) -> np.ndarray:
         """rewards float[G] of one group → float32[G]."""
-        return self.preset.advantage(rewards, self.algo.advantage)
+        return group_advantages(rewards, self.algo.advantage)
 
-    def weights(self, rows: Sequence[Rows], response_lens: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(policy, KL) weights of all scored tokens of one update: rows and canvas lengths of all its responses."""
+    def weights(self, units: Sequence[Units], response_lens: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(policy, KL) weights float32[U] a response: of all units of one update, given with the canvas lengths of all its
+        responses."""
         policy, kl = (
-            self.preset.reducer(rows, normalizer=name, response_lens=response_lens, max_tokens=self.max_tokens)
+            unit_weights(units, normalizer=name, response_lens=response_lens, max_tokens=self.max_tokens)
             for name in (self.algo.normalizer, self.algo.kl_normalizer or self.algo.normalizer)
         )
         return policy, kl
@@ -99,37 +153,48 @@ class Objective:
         self,
         logp: torch.Tensor,
         old_logp: torch.Tensor,
-        advantage: torch.Tensor,
-        policy_weight: torch.Tensor,
-        kl_weight: torch.Tensor,
-        entropy: torch.Tensor | None = None,
+        entries: Entries,
+        *,
+        ref_logp: torch.Tensor | None = None,
         behaviour_logp: torch.Tensor | None = None,
+        entropy: torch.Tensor | None = None,
     ) -> LossTerms:
-        """Σ policy_weight · policy loss + kl_coef · Σ kl_weight · KL, over any part of an update's scored tokens [T].
+        """Σ policy_weight · policy loss + kl_coef · Σ kl_weight · KL, over the units of any part of an update's entries [M].
 
-        logp carries the gradient; old_logp is both the ratio's denominator and the KL's reference: the policy that
-        opened the step. entropy: nats, only reported. behaviour_logp: of the sampler where it was another distribution, NaN
-        elsewhere; see `importance_weight`.
+        logp carries the gradient; old_logp is the ratio's denominator: the policy that opened the step, and the KL's reference
+        unless ref_logp is given. behaviour_logp: of the sampler where it was another distribution, NaN elsewhere; a unit with
+        any NaN counts as the policy's own, see `importance_weight`. entropy: nats, only reported. Raises ValueError if a
+        reference is needed and not given.
         """
-        algo, old_logp = self.algo, old_logp.detach()
-        per_token, ratio = self.preset.policy_loss(
-            logp, old_logp, advantage, algo.clip_low, algo.clip_high, ratio_unit=self.preset.ratio_unit
-        )
+        if self.needs_reference and ref_logp is None:
+            raise ValueError(f"algo.kl_reference={self.algo.kl_reference}: the loss needs the reference's log-probabilities")
+        algo, clip = self.algo, self._clip()
+        unit, old = entries.join(logp), entries.join(old_logp.detach())
+        value = unit if self.bound is None else self.bound.join(logp, entries)
+        per_unit = self.preset.loss(value, old, entries.advantage, clip)
+        sums = ratio_sums(unit.detach(), old, entries.advantage, clip if self.preset.loss is policy_loss else None)
         if behaviour_logp is not None:
-            weight = importance_weight(old_logp, behaviour_logp, algo.importance_cap)
-            per_token = per_token * weight
-        policy = (policy_weight * per_token).sum()
+            behaviour = entries.join(behaviour_logp)
+            weight = importance_weight(old, behaviour, algo.importance_cap)
+            per_unit = per_unit * weight
+            if not behaviour.isnan().all():
+                sums |= importance_sums(weight, behaviour, algo.importance_cap)
+        policy = (entries.policy_weight * per_unit).sum()
         kl = torch.zeros_like(policy)
+        reference = old if ref_logp is None else entries.join(ref_logp.detach())
         if algo.kl_coef:
-            kl = algo.kl_coef * (kl_weight * kl_penalty(logp, old_logp, algo.kl_estimator)).sum()
+            kl = algo.kl_coef * (entries.kl_weight * kl_penalty(unit, reference, algo.kl_estimator)).sum()
         loss = policy + kl
-        sums = ratio_sums(ratio, logp, old_logp, advantage, algo.clip_low, algo.clip_high)
         sums |= {"loss": loss.detach(), "policy_loss": policy.detach(), "kl_loss": kl.detach()}
-        if behaviour_logp is not None and not behaviour_logp.isnan().all():
-            sums |= importance_sums(weight, behaviour_logp, algo.importance_cap)
+        sums["tokens"] = torch.ones_like(logp, dtype=torch.float32).sum().detach()
+        if ref_logp is not None:
+            sums["ref_kl"] = kl_penalty(unit.detach(), reference, "k3").float().sum()
         if entropy is not None:
             sums["entropy"] = entropy.detach().float().sum()
         return LossTerms(loss, sums)
+
+    def _clip(self) -> Clip:
+        return Clip(self.algo.clip_low, self.algo.clip_high, self.algo.clip_dual, self.algo.clip_dynamic)
 
     def finalize(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """algo/ metrics of one update from its sums over micro-batches and ranks; see `statistics.finalize`."""
@@ -145,15 +210,27 @@ def build_objective(algo: AlgoConfig, max_tokens: int | None = None) -> Objectiv
     with the normalizer `constant`. Raises ConfigError, with the nearest match for a wrong name."""
     _known("preset", algo.preset, tuple(PRESETS))
     _known("advantage", algo.advantage, ADVANTAGES)
+    _known("ratio", algo.ratio, UNITS)
     _known("kl_estimator", algo.kl_estimator, KL_ESTIMATORS)
+    _known("kl_reference", algo.kl_reference, KL_REFERENCES)
     _known("normalizer", algo.normalizer, NORMALIZERS)
+    _known("score_by", algo.score_by, SCORE_BY)
     if algo.kl_normalizer:
         _known("kl_normalizer", algo.kl_normalizer, KL_NORMALIZERS)
     preset = PRESETS[algo.preset]
-    for name in ("clip_low", "clip_high", "kl_coef"):
+    for name in ("clip_low", "clip_high", "clip_dual", "kl_coef", "random_share"):
         if not getattr(algo, name) >= 0:
             raise ConfigError(f"algo.{name}={getattr(algo, name)}: must not be negative")
-    return Objective(preset, algo, preset.make_planner(algo), max_tokens)
+    planner, bound = preset.make(algo)
+    objective = Objective(preset, algo, planner, bound, max_tokens)
+    if bound is not None and algo.ratio != "sequence":
+        raise ConfigError(f"algo.ratio={algo.ratio}: preset {algo.preset} bounds whole responses; set algo.ratio=sequence")
+    if objective.needs_step_rewards and algo.ratio in ("position", "sequence"):
+        raise ConfigError(
+            f"algo.ratio={algo.ratio} joins rows, but in preset {algo.preset} every row has an advantage of its own; set "
+            "algo.ratio=token or step"
+        )
+    return objective
 
 
 def _known(key: str, value: str, choices: Sequence[str]) -> None:

@@ -13,7 +13,11 @@ from rlpipe.trajectory import REMASK, Trajectory
 
 
 class Planner(Protocol):
-    """`replays_rollout`: the rows show exactly the states that the sampler saw, so log-probabilities compare."""
+    """`replays_rollout`: the rows show exactly the states that the sampler saw, so log-probabilities compare.
+
+    A planner that has to see all responses of a step at once has `plan_all(trajectories, rng) -> list[Rows]` instead of `plan`;
+    one whose rows carry an advantage of their own per denoising step has `needs_step_rewards = True`.
+    """
 
     @property
     def replays_rollout(self) -> bool: ...
@@ -91,6 +95,15 @@ def response_blocks(trajectory: Trajectory) -> np.ndarray:
     return position // trajectory.block_size if trajectory.block_size else np.zeros_like(position)
 
 
+def counted_tokens(trajectory: Trajectory) -> np.ndarray:
+    """bool[L]: the tokens of the final answer that count: valid, committed and drawn. As `Trajectory.loss_mask`, without
+    needing a step map."""
+    log, length = trajectory.events, trajectory.response_len
+    filled = np.zeros(length, bool)
+    filled[log.position] = log.kind != REMASK  # events are in order of time and the last assignment wins
+    return filled & ~trajectory.preset() & (np.arange(length) < trajectory.valid_len)
+
+
 def plan_replay(trajectory: Trajectory, shrink: int = 1) -> Rows:
     """The states before each slice of `shrink` denoising steps, with the slice's tokens scored.
 
@@ -127,7 +140,7 @@ def rows_by_rank(trajectory: Trajectory, rank: np.ndarray, tail: bool = False) -
     if tail:
         counted = (steps > 0) & ~trajectory.preset()
     drawn = np.flatnonzero(steps)
-    first = np.full(trajectory.response_len + 1, np.iinfo(np.int32).max, np.int32)
+    first = np.full(rank.max(initial=0) + 1, np.iinfo(np.int32).max, np.int32)
     np.minimum.at(first, rank[drawn], steps[drawn] - 1)
     kept = np.unique(rank[counted])
     return Rows(masked=rank >= kept[:, None], scored=(rank == kept[:, None]) & counted, step=first[kept])
@@ -142,11 +155,7 @@ def random_rows(trajectory: Trajectory, rng: np.random.Generator, draws: int = 1
     response without counted tokens has no rows. Needs no step map. Source: the random-masking baseline of TraceRL,
     arXiv 2509.06949.
     """
-    log, length = trajectory.events, trajectory.response_len
-    filled = np.zeros(length, bool)
-    filled[log.position] = log.kind != REMASK  # events are in order of time and the last assignment wins
-    preset = trajectory.preset()
-    counted = filled & ~preset & (np.arange(length) < trajectory.valid_len)
+    length, preset, counted = trajectory.response_len, trajectory.preset(), counted_tokens(trajectory)
     rows = draws if counted.any() else 0
     level = rng.uniform(low, high, (rows, length if trajectory.block_size else 1))
     scored = (rng.random((rows, length)) < level) & counted

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlpipe.errors import RlpipeError
-from rlpipe.objectives.losses import clip_is_active, kl_penalty
+from rlpipe.objectives.losses import Clip, clip_is_active, kl_penalty, ratio_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,16 @@ class LossTerms:
 
 @torch.no_grad()
 def ratio_sums(
-    ratio: torch.Tensor,
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    advantage: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
+    logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: Clip | None
 ) -> dict[str, torch.Tensor]:
-    """Sums over the scored tokens [T] that show how far the policy has moved from the one that opened the step."""
-    low, high = clip_is_active(ratio, advantage, clip_low, clip_high)
-    drift = (logp.float() - old_logp.float()).abs()
+    """Sums over the units [U] that show how far the policy has moved from the one that opened the step. clip: None for a loss
+    that clips nothing."""
+    drift = (logp - old_logp).float().abs()
+    none = torch.zeros_like(drift, dtype=torch.bool)
+    low, high = (none, none) if clip is None else clip_is_active(logp, old_logp, advantage, clip)
     return {
-        "tokens": torch.full_like(drift, 1.0).sum(),
-        "ratio": ratio.float().sum(),
+        "units": torch.full_like(drift, 1.0).sum(),
+        "ratio": ratio_of(logp, old_logp).float().sum(),
         "clipped_low": low.float().sum(),
         "clipped_high": high.float().sum(),
         "approx_kl": kl_penalty(logp, old_logp, "k3").float().sum(),
@@ -46,22 +43,23 @@ def ratio_sums(
 
 @torch.no_grad()
 def importance_sums(weight: torch.Tensor, behaviour_logp: torch.Tensor, cap: float) -> dict[str, torch.Tensor]:
-    """Sums over the tokens [T] that another distribution drew (behaviour_logp not NaN)."""
+    """Sums over the units [U] that another distribution drew (behaviour_logp not NaN)."""
     off = ~behaviour_logp.isnan()
     return {
-        "off_policy_tokens": off.float().sum(),
+        "off_policy_units": off.float().sum(),
         "importance": weight[off].float().sum(),
         "truncated": (weight[off] >= cap).float().sum(),
     }
 
 
 def finalize(sums: Mapping[str, Any], updates: int = 1) -> dict[str, float]:
-    """Metrics algo/… from the sums over `updates` whole updates: losses are means over updates, the rest over tokens.
+    """Metrics algo/… from the sums over `updates` whole updates: losses are means over updates, the entropy over scored tokens,
+    the rest over units of the ratio.
 
     Raises RlpipeError if the loss is not finite: the weights are then lost, and nothing after it may be kept.
     """
     values = {name: float(value) for name, value in sums.items()}
-    tokens = max(values.get("tokens", 0.0), 1.0)
+    tokens, units = max(values.get("tokens", 0.0), 1.0), max(values.get("units", 0.0), 1.0)
     metrics = {f"algo/{name}": values.get(name, 0.0) / updates for name in ("loss", "policy_loss", "kl_loss")}
     if not math.isfinite(metrics["algo/loss"]):
         raise RlpipeError(
@@ -70,17 +68,19 @@ def finalize(sums: Mapping[str, Any], updates: int = 1) -> dict[str, float]:
             "first update, a scored token has probability 0: compare the suppressed token ids with the rollout's"
         )
     metrics |= {
-        "algo/ratio_mean": values.get("ratio", 0.0) / tokens,
-        "algo/clip_fraction_low": values.get("clipped_low", 0.0) / tokens,
-        "algo/clip_fraction_high": values.get("clipped_high", 0.0) / tokens,
-        "algo/approx_kl": values.get("approx_kl", 0.0) / tokens,
+        "algo/ratio_mean": values.get("ratio", 0.0) / units,
+        "algo/clip_fraction_low": values.get("clipped_low", 0.0) / units,
+        "algo/clip_fraction_high": values.get("clipped_high", 0.0) / units,
+        "algo/approx_kl": values.get("approx_kl", 0.0) / units,
         "algo/max_abs_log_ratio": values.get("max_abs_log_ratio", 0.0),
         "algo/scored_tokens": values.get("tokens", 0.0) / updates,
     }
     metrics["algo/clip_fraction"] = metrics["algo/clip_fraction_low"] + metrics["algo/clip_fraction_high"]
-    if "off_policy_tokens" in values:
-        metrics["algo/importance_mean"] = values["importance"] / max(values["off_policy_tokens"], 1.0)
-        metrics["algo/importance_truncated"] = values["truncated"] / max(values["off_policy_tokens"], 1.0)
+    if "off_policy_units" in values:
+        metrics["algo/importance_mean"] = values["importance"] / max(values["off_policy_units"], 1.0)
+        metrics["algo/importance_truncated"] = values["truncated"] / max(values["off_policy_units"], 1.0)
+    if "ref_kl" in values:
+        metrics["algo/ref_kl"] = values["ref_kl"] / units
     if "entropy" in values:
         metrics["algo/entropy"] = values["entropy"] / tokens
     return metrics

@@ -27,13 +27,16 @@ class WeightUpdate:
 
 @dataclass(slots=True)
 class Group:
-    """All samples of one prompt. rewards and parts (one dict a sample) are filled in by the verifiers."""
+    """All samples of one prompt. rewards and parts (one dict a sample) are filled in by the verifiers. step_texts, step_index:
+    texts of the predictions of each sample, as in `RolloutPart`; empty without."""
 
     prompt: Prompt
     trajectories: list[Trajectory]
     texts: list[str]
     rewards: np.ndarray | None = None
     parts: list[dict[str, float]] = field(default_factory=list)
+    step_texts: list[tuple[str, ...]] = field(default_factory=list)
+    step_index: list[np.ndarray] = field(default_factory=list)
 
 
 class RolloutPool:
@@ -82,20 +85,35 @@ class RolloutPool:
             wait([reference], what="weights on a restarted rollout worker", timeout_s=self.cfg.timeout_s)
 
     def generate(
-        self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, *, what: str, seed: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        decoder: DecoderConfig,
+        *,
+        what: str,
+        seed: int | None = None,
+        predictions: int = 0,
     ) -> tuple[list[Group], EngineCounters]:
         """Groups in the order of the prompts, and the work they took (seconds: summed over units); see `stream`."""
         found: dict[int, Group] = {}
         total = EngineCounters()
-        for index, group, counters in self.stream(prompts, samples, decoder, what=what, seed=seed):
+        for index, group, counters in self.stream(prompts, samples, decoder, what=what, seed=seed, predictions=predictions):
             found[index] = group
             total = total + counters
         return [found[index] for index in range(len(prompts))], total
 
     def stream(
-        self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, *, what: str, seed: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        decoder: DecoderConfig,
+        *,
+        what: str,
+        seed: int | None = None,
+        predictions: int = 0,
     ) -> Iterator[tuple[int, Group, EngineCounters]]:
         """(index of the prompt, its group, work since the group before) as groups are done, each exactly once.
+        predictions: the full prediction is recorded every so many denoising steps, 0: never.
 
         Raises RolloutFailed when a unit fails more often than its retries allow: an unsampled response is never an empty one.
         """
@@ -108,6 +126,7 @@ class RolloutPool:
                 decoder=decoder,
                 version=self.current.manifest.version,
                 seed=self.seed if seed is None else seed,
+                predictions=predictions,
             )
             for start in starts
         ]
@@ -123,7 +142,8 @@ class RolloutPool:
             if part is None or index in seen:  # the end of a unit; or a unit that was tried again, with the same samples
                 continue
             seen.add(index)
-            yield index, Group(prompts[index], list(part.trajectories), list(part.texts)), part.counters
+            steps = {"step_texts": list(part.step_texts), "step_index": list(part.step_index)}
+            yield index, Group(prompts[index], list(part.trajectories), list(part.texts), **steps), part.counters
 
     def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
         """Tokens one by one, for display; decoded by whichever worker is free."""

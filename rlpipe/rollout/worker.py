@@ -21,29 +21,40 @@ from rlpipe.sampling.noise import sample_seed
 from rlpipe.sampling.request import Request
 from rlpipe.trajectory import Prompt, Trajectories, Trajectory
 
+GONE = -1  # no token has this id
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
     """One unit of work: `samples` responses to each prompt, sampled together. version: of the weights it must be done with.
     seed: the run's; each response's own noise seed follows from it, the prompt's uid and the sample's index, so a repeated
-    request gives the same responses."""
+    request gives the same responses. predictions: the full prediction is recorded every so many denoising steps, 0: never."""
 
     prompts: tuple[Prompt, ...]
     samples: int
     decoder: DecoderConfig
     version: int
     seed: int
+    predictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutPart:
     """All samples of one prompt, in order. place: of the prompt in the request · texts: decoded up to the first EOS, without
-    it · counters: work since the part before."""
+    it · counters: work since the part before · step_texts: of each response the different texts of its predictions ·
+    step_index: of each response int32[S], which of them each prediction reads; both empty without predictions.
+
+    Predictions travel to the driver with their trajectories: 8 bytes a token and recorded step, so 4 KB a step of 512 tokens,
+    0.5 MB for 128 steps, 64 MB for 128 such responses: little beside the weights that go the other way. Parts belong to the
+    driver, so they outlive the worker; references to what a worker keeps would die with it. A stride divides all of this.
+    """
 
     place: int
     trajectories: Trajectories
     texts: tuple[str, ...]
     counters: EngineCounters
+    step_texts: tuple[tuple[str, ...], ...] = ()
+    step_index: tuple[np.ndarray, ...] = ()
 
 
 class RolloutWorker:
@@ -70,7 +81,8 @@ class RolloutWorker:
 
     def generate(self, request: RolloutRequest) -> Iterator[RolloutPart]:
         """A part for each prompt, as soon as its samples are done. Raises WeightMismatch when the request is for other weights
-        than the ones loaded, RolloutFailed when it does not fit into memory."""
+        than the ones loaded, RolloutFailed when it does not fit into memory, ConfigError when predictions are asked of a model
+        that makes none."""
         if request.version != self.version:
             raise WeightMismatch(
                 f"rollout worker {self.index} holds weights of version {self.version}, asked for {request.version}"
@@ -83,7 +95,9 @@ class RolloutWorker:
         ]
         decoder = Decoder.resolve(request.decoder, self.engine.spec)
         slots = slots_that_fit(self.engine, wanted, decoder, self.slots or len(wanted), free_memory(self.engine.model.device))
-        session = self.engine.session(wanted, decoder=decoder, version=self.version, slots=slots)
+        session = self.engine.session(
+            wanted, decoder=decoder, version=self.version, slots=slots, predictions=request.predictions
+        )
         found: list[Trajectory | None] = [None] * len(wanted)
         reported = EngineCounters()
         for indices, trajectories in session:
@@ -93,14 +107,35 @@ class RolloutWorker:
                 group = found[place * request.samples : (place + 1) * request.samples]
                 if all(trajectory is not None for trajectory in group):
                     work, reported = session.counters - reported, dataclasses.replace(session.counters)
-                    yield RolloutPart(place, Trajectories.of(group), self._texts(group), work)
+                    steps = zip(*map(self._step_texts, group), strict=True) if request.predictions else ()
+                    yield RolloutPart(place, Trajectories.of(group), self._texts(group), work, *steps)
 
     def _texts(self, group: Sequence[Trajectory]) -> tuple[str, ...]:
-        return tuple(self.tokenizer.decode(t.response_ids[: t.valid_len].tolist(), skip_special_tokens=True) for t in group)
+        return tuple(self._text(t.response_ids[: t.valid_len]) for t in group)
+
+    def _text(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def _step_texts(self, trajectory: Trajectory) -> tuple[tuple[str, ...], np.ndarray]:
+        """(the different texts of its predictions in order of appearance, which of them each reads int32[S])."""
+        cut = up_to_eos(trajectory.predictions.tokens, self.engine.spec.eos_token_ids)
+        unlike, first, which = np.unique(cut, axis=0, return_index=True, return_inverse=True)
+        texts: dict[str, int] = {}
+        place = np.zeros(len(unlike), np.int32)
+        for row in np.argsort(first):  # each different row is decoded once; different tokens may still read alike
+            place[row] = texts.setdefault(self._text(unlike[row][unlike[row] != GONE]), len(texts))
+        return tuple(texts), place[which.ravel()]
 
     def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
         """Each token of each response on its own, for display."""
         return [[self.tokenizer.decode([int(token)]) for token in response] for response in responses]
+
+
+def up_to_eos(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
+    """tokens int32[S, L] with everything behind the first EOS of each row replaced by GONE."""
+    ended = np.maximum.accumulate(np.isin(tokens, eos), axis=1)
+    behind = np.pad(ended[:, :-1], ((0, 0), (1, 0)))
+    return np.where(behind, GONE, tokens)
 
 
 def slots_that_fit(engine: Engine, requests: Sequence[Request], decoder: Decoder, slots: int, free: float) -> int:

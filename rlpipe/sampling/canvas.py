@@ -169,6 +169,15 @@ class Canvas:
     def masked_at(self, position: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         return inside & (self.ids.gather(1, position) == self.spec.mask_token_id)
 
+    def masked_outside(self, position: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """bool [n, W]: masked positions of the response besides those `masked` [n, B] at `position`."""
+        here = torch.zeros_like(self.ids, dtype=torch.bool).scatter_add(1, position, masked)
+        return (self.ids == self.spec.mask_token_id) & self.within(self.prompt_len, self.end) & ~here
+
+    def everywhere(self) -> torch.Tensor:
+        """int64 [n, W]: the positions of the canvas."""
+        return self.column.expand(self.ids.shape)
+
     def is_prompt(self) -> torch.Tensor:
         return self.column < self.prompt_len.unsqueeze(1)
 

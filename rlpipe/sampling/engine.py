@@ -19,6 +19,7 @@ from rlpipe.models.attention import SlotCache
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.predictions import PredictionLog, check_predictions
 from rlpipe.sampling.record import EditLog, record
 from rlpipe.sampling.request import Request
 from rlpipe.sampling.step import StepSampler
@@ -67,9 +68,15 @@ class Engine:
         self.spec = model.spec
         self.spare: SlotCache | None = None  # of the last session, so that the next need not allocate
 
-    def session(self, requests: Sequence[Request], *, decoder: Decoder, version: int, slots: int = 0) -> Session:
-        """Requests to be stepped through by the caller; see `Session`."""
-        return Session(self, requests, decoder, version, slots or len(requests))
+    def session(
+        self, requests: Sequence[Request], *, decoder: Decoder, version: int, slots: int = 0, predictions: int = 0
+    ) -> Session:
+        """Requests to be stepped through by the caller; see `Session`. predictions: every so many denoising steps (and at the
+        first and the last) the full prediction is recorded, 0: never; what is sampled stays the same. Raises ConfigError
+        for predictions of a model or decoder that does not make them."""
+        if predictions:
+            check_predictions(decoder, self.spec)
+        return Session(self, requests, decoder, version, slots or len(requests), predictions)
 
     def sample(
         self,
@@ -79,13 +86,14 @@ class Engine:
         version: int,
         slots: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        predictions: int = 0,
     ) -> tuple[Trajectories, EngineCounters]:
         """One trajectory per request, in the order given, at most `slots` of them at a time (0: all at once).
 
         version: of the weights now loaded. progress(done, total) is called when requests finish. A response depends on neither
-        the slots nor its neighbours. Raises RolloutFailed for requests that cannot be served.
+        the slots nor its neighbours. predictions: see `session`. Raises RolloutFailed for requests that cannot be served.
         """
-        session = self.session(requests, decoder=decoder, version=version, slots=slots)
+        session = self.session(requests, decoder=decoder, version=version, slots=slots, predictions=predictions)
         found: list = [None] * len(requests)
         finished = 0
         for indices, trajectories in session:
@@ -113,7 +121,9 @@ class Session:
     weights between steps.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], decoder: Decoder, version: int, slots: int):
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], decoder: Decoder, version: int, slots: int, predictions: int = 0
+    ):
         self.engine, self.model, self.decoder = engine, engine.model.eval(), decoder
         model = self.model
         self.order = sorted(range(len(requests)), key=lambda i: -requests[i].total_len(decoder.max_tokens))
@@ -130,7 +140,9 @@ class Session:
         engine.spare = None
         self.counters.cache_bytes = self.cache.nbytes
         self.log = None if decoder.monotone else EditLog()
-        self.sampler = StepSampler(model, requests, decoder, self.canvas, self.cache, self.counters, self.log)
+        self.predictions = PredictionLog(predictions) if predictions else None
+        logs = (self.log, self.predictions)
+        self.sampler = StepSampler(model, requests, decoder, self.canvas, self.cache, self.counters, *logs)
         self.sharing = bool(model.spec.block_size) and self.canvas.wait_for_prompts()
         self._update: tuple[Callable[[], int], bool] | None = None
 
@@ -169,8 +181,9 @@ class Session:
 
     def _finish(self, done: torch.Tensor) -> tuple[list[int], list[Trajectory]]:
         slots = _harvest(self.canvas, done)
-        if self.log is not None:
-            self.log.close(slots)
+        for log in (self.log, self.predictions):
+            if log is not None:
+                log.close(slots)
         indices = [int(slot["request"]) for slot in slots]
         trajectories = record(slots, [self.requests[i] for i in indices], self.settings, self.model.spec)
         self.counters.tokens += sum(trajectory.valid_len for trajectory in trajectories)

@@ -51,7 +51,7 @@ def record(
     finished: Sequence[dict[str, Any]], requests: Sequence[Request], settings: dict[str, Any], spec: DiffusionSpec
 ) -> list[Trajectory]:
     """finished: one dict a request, in their order: ids, stop_ids and trace columns, prompt_len, limit, end, block_end, stale,
-    and `events` where tokens could be taken back. settings: of the decoder."""
+    `events` where tokens could be taken back and `predictions` where they were asked for. settings: of the decoder."""
     return [_trajectory(slot, request, settings, spec) for slot, request in zip(finished, requests, strict=True)]
 
 
@@ -61,6 +61,7 @@ def _trajectory(slot: dict[str, Any], request: Request, settings: dict, spec: Di
     response = slot["ids"][prompt_len:end].astype(np.int32)
     filled = (slot["step"][prompt_len:end] > 0) | slot["preset"][prompt_len:end]
     version = slot["version"][prompt_len:end]
+    events = _edited if "events" in slot else _events
     valid_len, stop = _valid(response, filled, int(slot["limit"]) - prompt_len, slot["stop_ids"])
     return Trajectory(
         uid=request.uid,
@@ -72,9 +73,10 @@ def _trajectory(slot: dict[str, Any], request: Request, settings: dict, spec: Di
         block_size=spec.block_size,
         versions=_versions(version, slot["step"][prompt_len : prompt_len + len(response)] > 0, prompt_len, spec.block_size),
         stop=stop,
-        events=_edited(slot["events"]) if "events" in slot else _events(slot, filled, response, prompt_len, end),
+        events=events(slot, filled, response, prompt_len, end),
         decoder=settings,
         exact=settings["replayable"] and not bool(slot["stale"]) and not _own_law(request),
+        predictions=slot.get("predictions"),
     )
 
 
@@ -113,7 +115,11 @@ def _events(slot: dict[str, Any], filled: np.ndarray, response: np.ndarray, prom
     )
 
 
-def _edited(events: dict[str, np.ndarray]) -> EventLog:
-    """Events as they happened: by step, what was committed before what was taken back."""
-    order = np.argsort(events["step"], kind="stable")
-    return EventLog(**{name: events[name][order].astype(dtype) for name, dtype in EventLog.DTYPES.items()})
+def _edited(slot: dict[str, Any], filled: np.ndarray, response: np.ndarray, prompt_len: int, end: int) -> EventLog:
+    """Events as they happened: by step, what was committed before what was taken back before what a rule filled in."""
+    position = np.flatnonzero(slot["preset"][prompt_len:end])
+    ruled = {"step": slot["step"][prompt_len:end][position] - 1, "position": position, "token": response[position]}
+    ruled |= {"kind": np.full(len(position), PRESET)} | {name: slot[name][prompt_len:end][position] for name in COLUMNS}
+    columns = {name: np.concatenate([slot["events"][name], ruled[name]]) for name in EventLog.DTYPES}
+    order = np.argsort(columns["step"], kind="stable")
+    return EventLog(**{name: columns[name][order].astype(dtype) for name, dtype in EventLog.DTYPES.items()})

@@ -15,6 +15,7 @@ from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.editing import EditView
 from rlpipe.sampling.memory import BlockMemory, Stability
 from rlpipe.sampling.noise import EDIT, ORDER, POSITION_SCORE, TOKEN, uniform
+from rlpipe.sampling.predictions import PredictionLog
 from rlpipe.sampling.record import EditLog
 from rlpipe.sampling.request import Request
 from rlpipe.sampling.scoring import SCORERS, StepView, shuffled
@@ -36,8 +37,9 @@ class StepSampler:
         cache: SlotCache,
         counters,
         log: EditLog | None,
+        predictions: PredictionLog | None = None,
     ):
-        self.model, self.spec, self.decoder = model, model.spec, decoder
+        self.model, self.spec, self.decoder, self.predictions = model, model.spec, decoder, predictions
         self.canvas, self.cache, self.counters, self.log = canvas, cache, counters, log
         bias = bias_matrix(requests, model.lm.config.vocab_size)
         executor = Executor.of(model.lm)
@@ -61,8 +63,12 @@ class StepSampler:
         rows = decoder.cache.step_rows(canvas, order)
         masked = canvas.masked_at(position, inside) & rows.ready.unsqueeze(1) & rows.rows.gather(1, position)
         shadow = self._shadow(position, inside, rows.ready)
-        hidden, row_of = self._forward(rows, position, masked, shadow)
+        beyond = self._beyond(position, masked, rows.ready)
+        hidden, row_of = self._forward(rows, position, masked, shadow, beyond)
         laid_out = self._statistics(hidden, row_of, position, masked)
+        if self.predictions is not None:
+            drawn = None if beyond is None else (beyond, self._statistics(hidden, row_of, canvas.everywhere(), beyond, True))
+            self.predictions.add(canvas, rows.ready, (position, masked, laid_out), drawn)
         schedule_time = canvas.time
         if decoder.selector.skips_idle_steps:
             schedule_time = decoder.schedule.useful(masked.sum(1), canvas.time)
@@ -84,6 +90,12 @@ class StepSampler:
         self.counters.forwards += 1
         self.counters.slot_steps += int(rows.ready.sum())
 
+    def _beyond(self, position: torch.Tensor, masked: torch.Tensor, ready: torch.Tensor) -> torch.Tensor | None:
+        """bool [n, W]: masked positions of the response that this step may not commit, if their predictions are recorded."""
+        if self.predictions is None or not self.decoder.block_size:
+            return None
+        return self.canvas.masked_outside(position, masked) & ready.unsqueeze(1)
+
     def _stock_hidden(self, ids: torch.Tensor, where: torch.Tensor, plan) -> torch.Tensor:
         return self.model.hidden(ids, where, plan)[:, plan.wanted]
 
@@ -94,12 +106,15 @@ class StepSampler:
 
     # --- forward -----------------------------------------------------------------------------------------------------------
 
-    def _forward(self, plan: StepRows, position: torch.Tensor, masked: torch.Tensor, shadow: torch.Tensor | None):
+    def _forward(self, plan: StepRows, position, masked, shadow: torch.Tensor | None, beyond: torch.Tensor | None):
         """Packed rows of all slots → (hidden [K, d] of the rows that somebody reads, which of them each grid cell is, int64
-        [n, W (+ B)]). Shadow rows lie behind the canvas: MASK at a committed position, seeing everything but its token."""
+        [n, W (+ B)]). Shadow rows lie behind the canvas: MASK at a committed position, seeing everything but its token. beyond:
+        masked positions bool [n, W] outside the window that are read too."""
         canvas, block, shift = self.canvas, self.spec.block_size, self.spec.logit_shift
         width = canvas.ids.shape[1]
         read = torch.zeros_like(plan.rows).scatter_add(1, position - shift, masked)  # a shift: the row before predicts
+        if beyond is not None:
+            read = read | beyond.roll(-shift, 1)  # column 0 holds a prompt token, so nothing wraps
         grid = plan.rows | read
         if shadow is not None:
             grid, read = torch.cat([grid, shadow], 1), torch.cat([read, shadow], 1)
@@ -136,8 +151,9 @@ class StepSampler:
 
     # --- statistics --------------------------------------------------------------------------------------------------------
 
-    def _statistics(self, hidden, row_of, position, masked) -> RowStatistics:
-        """Row statistics of the masked positions, laid out as [n, B]; the head sees a bounded number of rows at a time."""
+    def _statistics(self, hidden, row_of, position, masked, only_draw: bool = False) -> RowStatistics:
+        """Row statistics of the masked positions, laid out as [n, B]; the head sees a bounded number of rows at a time.
+        only_draw: positions that nothing is chosen from; they enter no memory of the active block."""
         canvas = self.canvas
         slot, column = masked.nonzero(as_tuple=True)
         greedy = canvas.uniform and self.decoder.temperature == 0
@@ -147,20 +163,20 @@ class StepSampler:
         step = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.lm.config.vocab_size)
         for start in range(0, max(len(rows), 1), step):
             part = slice(start, start + step)
-            parts.append(self._part(hidden[rows[part]], slot[part], column[part], noise[part], masked.shape))
+            parts.append(self._part(hidden[rows[part]], slot[part], column[part], noise[part], masked.shape, only_draw))
         joined = parts[0] if len(parts) == 1 else RowStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
         self.counters.head_rows += len(rows)
         return RowStatistics(*(_lay_out(values, slot, column, masked.shape) for values in joined))
 
-    def _part(self, hidden, slot, column, noise, shape) -> RowStatistics:
+    def _part(self, hidden, slot, column, noise, shape, only_draw) -> RowStatistics:
         canvas, decoder = self.canvas, self.decoder
         raw = logits = self.model.logits(hidden)
         if self.bias is not None:
             row = canvas.bias_row[slot]
             logits = torch.where((row >= 0).unsqueeze(1), logits + self.bias[row.clamp_min(0)], logits)
-        if self.credit is not None:
+        if self.credit is not None and not only_draw:
             logits = decoder.fuse.fuse(self.credit, logits, slot, column, shape)
-        if self.stability is not None:
+        if self.stability is not None and not only_draw:
             self.stability.observe(logits, slot, column, shape)
         own = decoder if canvas.uniform else canvas
         pick = (lambda values: values) if canvas.uniform else (lambda values: values[slot])
@@ -171,7 +187,7 @@ class StepSampler:
             raw=None if logits is raw else raw,
             top_p=pick(own.top_p),
             top_k=pick(own.top_k),
-            needs=decoder.needs,
+            needs=frozenset() if only_draw else decoder.needs,
             confidence=decoder.confidence,
         )
 

@@ -34,8 +34,19 @@ class VerifierPool:
     def score_groups(self, groups: Sequence[Items]) -> list[GroupScore | VerifierFailed]:
         """One entry a group, in order: a dict for each response, or the failure of the whole group.
 
-        Groups are scored several to a call; a call that fails for good is taken apart, so that only the guilty group fails.
+        Groups are scored several to a call, groups of more than `batch_size` responses by several calls; a call that fails for
+        good is taken apart, so that only the guilty group fails.
         """
+        size = self.cfg.batch_size
+        pieces = [(i, group[at : at + size]) for i, group in enumerate(groups) for at in range(0, len(group), size)]
+        scores: list[GroupScore | VerifierFailed] = [[] for _ in groups]
+        for (index, _), score in zip(pieces, self._score_pieces([items for _, items in pieces]), strict=True):
+            if isinstance(scores[index], VerifierFailed):
+                continue
+            scores[index] = score if isinstance(score, VerifierFailed) else [*scores[index], *score]
+        return scores
+
+    def _score_pieces(self, groups: Sequence[Items]) -> list[GroupScore | VerifierFailed]:
         batches = _batches(groups, self.cfg.batch_size)
         scores: list[GroupScore | VerifierFailed | None] = [None] * len(groups)
         suspects = []

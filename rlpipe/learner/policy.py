@@ -1,0 +1,202 @@
+"""The policy's updates: old and reference log-probabilities, the loss, the parity gauge's raw material."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlpipe.config import LearnerConfig
+from rlpipe.errors import CheckpointError
+from rlpipe.learner.batches import Batches, is_filler
+from rlpipe.learner.engine import Engine
+from rlpipe.learner.micro_batches import Shard
+from rlpipe.models.adapters import has_adapters, without_adapters
+from rlpipe.models.loading import save_model
+from rlpipe.models.policy import DiffusionLM
+from rlpipe.objectives.objective import Objective
+
+TAG = "learner"
+
+
+class PolicyLearner:
+    """model: on its device already. objective: the loss. temperature: of the sampler, so that ratios compare like with like."""
+
+    def __init__(self, model: DiffusionLM, objective: Objective, config: LearnerConfig, temperature: float, total_updates: int):
+        self.objective, self.temperature, self.spec = objective, temperature, model.spec
+        self.reference = _reference(model, objective, config)
+        self.engine = Engine(model, config, config.lr, total_updates, TAG)
+        self.steps_done = 0
+
+    def train(self, shard: Shard, epochs: int) -> dict[str, Any]:
+        """All optimizer updates of a step. Returns `updates`, one dict each (additive `sums` of this rank, see
+        `Objective.loss`; `grad_norm`, `lr`, equal on all ranks), and the parity gauge's raw material, flat over the scored
+        tokens whose state the rollout shared: `learner` and `rollout` log-probabilities (float32) and whether they should
+        agree, `exact` (bool).
+
+        The first update opens the step, so its own forward pass gives its old log-probabilities; only what later updates train
+        on is scored beforehand.
+        """
+        self.batches = Batches(shard.samples, self.spec, self.engine.device)
+        count = len(self.batches.samples)
+        self.old: list[torch.Tensor | None] = [None] * count
+        self.referred: list[torch.Tensor | None] = [None] * count
+        self._score([batch for update in shard.updates[1:] for batch in update] + shard.gauge, self.old, self.engine.module)
+        if self.objective.needs_reference:
+            with self._reference_policy() as model:
+                self._score([batch for update in shard.updates for batch in update], self.referred, model)
+        self.engine.module.train()
+        updates = [self.engine.update(batches, self._loss) for _ in range(epochs) for batches in shard.updates]
+        self.steps_done += 1
+        self._move_reference()
+        return {"updates": updates} | self._parity()
+
+    def _loss(self, batch: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
+        logp, entropy = self._forward(batch, self.engine.module)
+        if is_filler(batch):  # the pass happens, so that collectives match on all ranks, and adds exactly nothing
+            return (logp * 0.0).sum(), {}
+        if self.old[batch[0]] is None:
+            self._keep(self.old, batch, logp)
+        device = logp.device
+        terms = self.objective.loss(
+            logp,
+            torch.cat([self.old[i] for i in batch]).to(device),
+            self.batches.entries(batch),
+            ref_logp=torch.cat([self.referred[i] for i in batch]).to(device) if self.objective.needs_reference else None,
+            behaviour_logp=self.batches.behaviour(batch),
+            entropy=entropy,
+        )
+        return terms.loss, {name: float(value) for name, value in terms.sums.items()}
+
+    @torch.no_grad()
+    def _score(self, batches: Sequence[list[int]], into: list, model: Callable) -> None:
+        """Log-probabilities of every sample of the batches."""
+        self.engine.module.eval()
+        for batch in batches:
+            logp, _ = self._forward(batch, model)
+            if not is_filler(batch):
+                self._keep(into, batch, logp)
+
+    def _forward(self, batch: list[int], model: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [M] of the batch's scored tokens, sample after sample."""
+        packed = self.batches.packed(batch)
+        logp, entropy = model(
+            packed.input_ids, packed.position_ids, packed.plan(), packed.index, packed.targets, self.temperature
+        )
+        order = packed.slot.argsort()
+        return logp[order], entropy[order]
+
+    def _keep(self, into: list, batch: list[int], logp: torch.Tensor) -> None:
+        sizes = [self.batches.samples[i].num_scored for i in batch]
+        for index, values in zip(batch, logp.detach().float().cpu().split(sizes), strict=True):
+            into[index] = values.clone()
+
+    def _parity(self) -> dict[str, np.ndarray]:
+        known = [
+            (~np.isnan(s.rollout_logp), old.numpy(), s)
+            for s, old in zip(self.batches.samples, self.old, strict=True)
+            if old is not None
+        ]
+        none = [np.zeros(0, np.float32)]
+        return {
+            "learner": np.concatenate([old[mask] for mask, old, _ in known] or none),
+            "rollout": np.concatenate([s.rollout_logp[mask] for mask, _, s in known] or none),
+            "exact": np.concatenate([np.full(mask.sum(), s.exact) for mask, _, s in known] or [np.zeros(0, bool)]),
+        }
+
+    def _reference_policy(self):
+        """Context that gives the reference policy as a callable like the engine's module."""
+        if self.reference is None:
+            return _Adapterless(self.engine)
+        return nullcontext(self.reference)
+
+    @torch.no_grad()
+    def _move_reference(self) -> None:
+        """The lagged copy takes up a share of the policy every `kl_lag` steps (TR-DPO, arXiv 2404.09656)."""
+        algo = self.objective.algo
+        if self.reference is None or algo.kl_reference != "lagged" or self.steps_done % algo.kl_lag:
+            return
+        pairs = zip(_plain(self.reference).parameters(), self.engine.model.parameters(), strict=True)
+        for held, current in pairs:
+            with self.engine.gathered([current]), self.engine.gathered([held]):
+                mixed = torch.lerp(held.detach(), current.detach().to(held.dtype), algo.kl_mix)
+            _write(held, mixed, self.engine)
+
+    def save(self, folder: Path) -> None:
+        """All ranks write their part."""
+        self.engine.save(folder)
+        if self.reference is not None and self.objective.algo.kl_reference == "lagged":
+            state = {"steps_done": self.steps_done}
+            state["weights"] = [self._whole(p) for p in _plain(self.reference).parameters()]
+            if self.engine.rank == 0:
+                torch.save(state, folder / "reference.pt")
+
+    def load(self, folder: Path) -> None:
+        self.engine.load(folder)
+        if self.reference is not None and self.objective.algo.kl_reference == "lagged":
+            path = folder / "reference.pt"
+            if not path.is_file():
+                raise CheckpointError(f"{folder} holds no lagged reference; it was written with another algo.kl_reference")
+            state = torch.load(path, weights_only=True)
+            self.steps_done = state["steps_done"]
+            for held, saved in zip(_plain(self.reference).parameters(), state["weights"], strict=True):
+                _write(held, saved.to(held.device), self.engine)
+
+    def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
+        with self.engine.gathered([parameter]):
+            return parameter.detach().cpu().clone()
+
+    def save_model(self, folder: Path, tokenizer) -> None:
+        """A Hugging Face folder with the current weights, adapters merged, written by rank 0; all ranks must call it."""
+        state = self.engine.state()
+        if self.engine.rank == 0:
+            try:
+                save_model(self.engine.model, tokenizer, folder, state)
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f"the model could not be written to {folder}: {error}. Free some space") from error
+
+
+class _Adapterless:
+    def __init__(self, engine: Engine):
+        self.engine, self.context = engine, without_adapters(engine.model.lm)
+
+    def __enter__(self):
+        self.context.__enter__()
+        return self.engine.module
+
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
+
+
+def _reference(model: DiffusionLM, objective: Objective, config: LearnerConfig):
+    """A frozen copy of the policy as it is now, sharded like it at ZeRO 3; None where none is needed, or where adapters can be
+    switched off instead."""
+    if not objective.needs_reference or (has_adapters(model.lm) and objective.algo.kl_reference == "initial"):
+        return None
+    held = copy.deepcopy(model).requires_grad_(False).eval()
+    if config.zero_stage < 3:
+        return held
+    from rlpipe.learner.engine import deepspeed_config, import_deepspeed
+
+    settings = deepspeed_config(config, model.lm.dtype)
+    return import_deepspeed().initialize(model=held, config=settings, dist_init_required=False)[0]
+
+
+def _plain(reference) -> torch.nn.Module:
+    return reference if isinstance(reference, DiffusionLM) else reference.module
+
+
+@torch.no_grad()
+def _write(held: torch.Tensor, value: torch.Tensor, engine: Engine) -> None:
+    """Set a parameter of the reference, in its own shard at ZeRO 3."""
+    if engine.config.zero_stage < 3:
+        held.copy_(value)
+        return
+    with engine.deepspeed.zero.GatheredParameters([held], modifier_rank=0):
+        if engine.rank == 0:
+            held.copy_(value)

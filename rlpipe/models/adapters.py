@@ -1,0 +1,88 @@
+"""LoRA through peft: adapters inside the stock modules, so that every forward stays the one that it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from rlpipe.errors import ConfigError
+
+BASE = ".base_layer"  # peft renames an adapted module's weight NAME.weight to NAME.base_layer.weight
+
+
+def add_adapters(lm: nn.Module, *, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
+    """Freeze `lm` and add trainable adapters to its linear layers named in `targets`, in place. B starts at zero, so that the
+    model is unchanged. Raises ConfigError for a target that the model does not have."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    have = {name.rsplit(".", 1)[-1] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in targets if target not in have]
+    if unknown or not targets:
+        raise ConfigError(f"learner.lora_targets={targets}: linear layers of this model are {', '.join(sorted(have))}")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, lm)
+    _initialize(lm)
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+@torch.no_grad()
+def _initialize(lm: nn.Module) -> None:
+    """A uniform as peft draws it (Kaiming, a = √5), from a generator of our own: the same adapters in every process."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in lm.named_parameters():
+        if ".lora_A." in name:
+            bound = parameter.shape[1] ** -0.5
+            drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.copy_((2 * drawn - 1) * bound)
+
+
+def has_adapters(lm: nn.Module) -> bool:
+    return any(".lora_A." in name for name, _ in lm.named_parameters())
+
+
+@contextmanager
+def without_adapters(lm: nn.Module) -> Iterator[None]:
+    """The base model for as long as the context lasts: the reference policy of a LoRA run costs nothing."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    wanted = {id(p): p.requires_grad for p in lm.parameters()}  # enable_adapters also switches gradients
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in lm.parameters():
+            parameter.requires_grad_(wanted[id(parameter)])
+
+
+def merged_parameters(lm: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
+    """(name in the plain model, the parameters it is made of): a weight alone, or base, A and B of an adapted layer."""
+    modules = dict(lm.named_modules())
+    merged = []
+    for name, parameter in lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        parts = [parameter]
+        if f"{BASE}.weight" in name:
+            layer = modules[name.split(BASE)[0]]
+            parts += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        merged.append((name.replace(BASE, ""), parts))
+    return merged
+
+
+@torch.no_grad()
+def merge(lm: nn.Module, name: str, parts: list[nn.Parameter]) -> torch.Tensor:
+    """The plain model's tensor: base + scaling · B A."""
+    if len(parts) == 1:
+        return parts[0]
+    base, down, up = parts
+    layer = dict(lm.named_modules())[name.removesuffix(".weight")]
+    return base + layer.scaling["default"] * (up @ down).to(base.dtype)
