@@ -12,6 +12,7 @@ from rlpipe.cluster import Role, ledger
 from rlpipe.config import AlgoConfig, RunConfig
 from rlpipe.contradictions import TINY_BLOCK_SIZE, block_size
 from rlpipe.recipe import to_yaml
+from rlpipe.verifiers.registry import BUILT_IN
 
 PROCESS_GB = 0.5  # Python with torch and Ray, before any weights
 VERIFIER_GB = 0.1
@@ -122,6 +123,9 @@ def needs(cfg: RunConfig) -> list[str]:
     for key, path in (("data.train", cfg.data.train), ("data.test", cfg.data.test)):
         if path and not Path(path).is_file():
             missing.append(f"the data: no file {path} ({key})")
+    verifier = cfg.verifier.name
+    if verifier and ":" not in verifier and verifier not in BUILT_IN:
+        missing.append(f"the verifier: {verifier} is none of {', '.join(BUILT_IN)}; give FILE.py:FUNCTION (verifier.name)")
     packages = {
         "math_verify": cfg.verifier.name == "math",
         "reasoning_gym": cfg.data.task.startswith("reasoning_gym"),

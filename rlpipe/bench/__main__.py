@@ -21,7 +21,13 @@ def _learner(arguments: list[str]) -> None:
     main(arguments)
 
 
-BENCHES: dict[str, Callable[[list[str]], None]] = {"rollout": _rollout, "learner": _learner}
+def _presets(arguments: list[str]) -> None:
+    from rlpipe.bench.presets import main
+
+    main(arguments)
+
+
+BENCHES: dict[str, Callable[[list[str]], None]] = {"rollout": _rollout, "learner": _learner, "presets": _presets}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -69,6 +69,17 @@ class LearnerSettings:
     peak_tflops: float = H200_TFLOPS  # of the roofline, on a GPU
 
 
+@dataclass
+class PresetSettings:
+    recipe: str = "quickstart_full"
+    presets: str = "all"  # or names, with commas between them
+    seeds: int = 3  # 0, 1 … of weights, data and noise
+    steps: int = 20
+    set: str = ""  # more settings of every run, with blanks between them: "learner.lr=1e-4 algo.kl_coef=0"
+    output_dir: str = "outputs/presets"
+    out: str = ""  # a JSON file for the results
+
+
 def read(arguments: Sequence[str], kind: type = RolloutSettings) -> Any:
     """Settings of the given dataclass. Raises ConfigError: an argument that is not key=value, an unknown key with the nearest
     one, a value of another type."""
@@ -113,6 +124,8 @@ def _check(settings: Any) -> None:
         least = 0 if name in ("slots", "threads", "seed", "sequential_n") else 1
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: it must be at least {least}")
+    if isinstance(settings, PresetSettings):
+        return
     choices = {"device": ("cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "baselines": ("published", "none")}
     if isinstance(settings, RolloutSettings):
         choices["baselines"] = tuple(BASELINES)

@@ -40,13 +40,14 @@ class PolicyLearner:
         agree, `exact` (bool).
 
         The first update opens the step, so its own forward pass gives its old log-probabilities; only what later updates train
-        on is scored beforehand.
+        on is scored beforehand (all of it where adapters have dropout, which is off in scoring).
         """
         self.batches = Batches(shard.samples, self.spec, self.engine.device)
         count = len(self.batches.samples)
         self.old: list[torch.Tensor | None] = [None] * count
         self.referred: list[torch.Tensor | None] = [None] * count
-        self._score([batch for update in shard.updates[1:] for batch in update] + shard.gauge, self.old, self.engine.module)
+        later = shard.updates if self.engine.config.lora_dropout else shard.updates[1:]
+        self._score([batch for update in later for batch in update] + shard.gauge, self.old, self.engine.module)
         if self.objective.needs_reference:
             with self._reference_policy() as model:
                 self._score([batch for update in shard.updates for batch in update], self.referred, model)
