@@ -91,9 +91,7 @@ class VerifierConfig:
 
 @dataclass
 class AlgoConfig:
-    preset: str = (
-        "tracerl"  # a method: its row planner and its published numbers (rlpipe.objective_presets); keys beside it win
-    )
+    preset: str = "tracerl"  # a method with its published numbers, or your own as file.py:NAME; keys beside it win
     options: dict[str, Any] = field(default_factory=dict)  # numbers of its row planner, e.g. {count: 24} for agrpo
     prompts_per_step: int = 16
     samples_per_prompt: int = 8

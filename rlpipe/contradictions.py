@@ -13,7 +13,7 @@ from typing import Any
 from rlpipe.config import DecoderConfig, RunConfig
 from rlpipe.decoder_presets import preset_settings
 from rlpipe.errors import ConfigError, ModelError
-from rlpipe.objective_presets import ALGO_PRESETS, WITHOUT_STEP_MAP
+from rlpipe.objective_presets import WITHOUT_STEP_MAP, algo_settings
 from rlpipe.schema import flat, keys
 
 TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
@@ -30,7 +30,6 @@ CHOICES = {
     "rollout.decoder.cache": ("auto", "none", "block", "prefix", "dual", "vicinity", "every", "dkv_decode", "dkv_greedy"),
     "rollout.decoder.edit": ("none", "rcr", "wino", "remdm"),
     "rollout.decoder.stop": ("auto", "block", "prefix", "eotp", "length"),
-    "algo.preset": tuple(ALGO_PRESETS),
     "algo.advantage": ("zscore", "mean", "leave_one_out", "softmax"),
     "algo.ratio": ("token", "position", "step", "sequence"),
     "algo.kl_estimator": ("k1", "k2", "k3"),
@@ -73,6 +72,7 @@ def check(cfg: RunConfig) -> list[str]:
     _check_choices(values)
     _check_bounds(values)
     _check_names(cfg)
+    algo_settings(cfg.algo.preset)  # refuses an unknown name
     _check_batch(cfg)
     _check_model(cfg)
     for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
@@ -227,7 +227,7 @@ def _check_algo(cfg: RunConfig) -> None:
         )
     if edit == "none":
         return
-    if algo.preset not in WITHOUT_STEP_MAP:
+    if algo.preset not in WITHOUT_STEP_MAP and ":" not in algo.preset:
         raise ConfigError(
             f"rollout.decoder.edit={edit}: tokens that are taken back leave no step map for algo.preset={algo.preset} to use; "
             f"take an objective that needs none ({', '.join(WITHOUT_STEP_MAP)}), or edit=none"
@@ -285,7 +285,7 @@ def _check_learner(cfg: RunConfig) -> None:
 
 
 def _check_value(cfg: RunConfig) -> None:
-    if cfg.value.enabled and cfg.algo.preset not in VALUED:
+    if cfg.value.enabled and cfg.algo.preset not in VALUED and ":" not in cfg.algo.preset:
         raise ConfigError(
             f"value.enabled=true: algo.preset={cfg.algo.preset} does not score each token of a rollout once, so a token has no "
             f"single value; use {' or '.join(VALUED)}"

@@ -57,7 +57,10 @@ WITHOUT_STEP_MAP = ("random_mask", "coupled_grpo", "espo", "spg", "mdpo")  # may
 
 
 def algo_settings(name: str) -> dict[str, Any]:
-    """Keys of `algo` that a preset sets, its name among them. Raises ConfigError for an unknown name, with the nearest one."""
+    """Keys of `algo` that a preset sets, its name among them; a user's own (`file.py:NAME`) sets no other. Raises ConfigError
+    for an unknown name, with the nearest one."""
+    if ":" in name:
+        return {"preset": name}
     if name not in ALGO_PRESETS:
         near = difflib.get_close_matches(name, ALGO_PRESETS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"algo.preset={name}: known are {', '.join(ALGO_PRESETS)}; did you mean {near}?")

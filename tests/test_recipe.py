@@ -196,6 +196,7 @@ def test_enumerations_are_those_of_the_code():
     from rlpipe import contradictions
     from rlpipe.models.loading import DTYPES
     from rlpipe.models.tiny import KINDS, TINY_BLOCK_SIZE
+    from rlpipe.objective_presets import ALGO_PRESETS
     from rlpipe.objectives.advantages import ADVANTAGES
     from rlpipe.objectives.losses import KL_ESTIMATORS
     from rlpipe.objectives.objective import KL_REFERENCES, PRESETS, SCORE_BY
@@ -209,7 +210,7 @@ def test_enumerations_are_those_of_the_code():
     from rlpipe.sampling.selection import SELECTORS
 
     assert set(CHOICES["model.dtype"]) == set(DTYPES)
-    assert set(CHOICES["algo.preset"]) == set(PRESETS)
+    assert set(ALGO_PRESETS) == set(PRESETS)
     assert set(CHOICES["algo.advantage"]) == set(ADVANTAGES)
     assert set(CHOICES["algo.kl_estimator"]) == set(KL_ESTIMATORS)
     assert CHOICES["algo.ratio"] == UNITS and CHOICES["algo.score_by"] == SCORE_BY

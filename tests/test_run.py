@@ -150,6 +150,41 @@ def test_kill_everything_and_resume_is_bit_identical(baseline, tmp_path):
     assert "learner.lr" in (tmp_path / "console.txt").read_text().split("finished")[-1]
 
 
+EVERYTHING = [
+    "value.enabled=true", "value.lr=1e-3", "learner.lora_rank=4", "learner.lr=1e-2", "algo.kl_coef=0.05",
+    "algo.kl_reference=lagged", "algo.kl_lag=2", "eval.every=0",
+]  # fmt: skip
+
+
+def test_a_killed_run_with_values_adapters_and_a_lagged_reference_resumes_bit_identically(tmp_path):
+    whole = finish(start(tmp_path / "whole", *EVERYTHING), tmp_path / "whole")
+    process = start(tmp_path / "cut", *EVERYTHING)
+    wait_for_step(tmp_path / "cut", process, 3)
+    for victim in tree(process):
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(timeout=30)
+    run = finish(start(tmp_path / "cut", "resume=auto", *EVERYTHING), tmp_path / "cut")
+    assert metrics(run) == metrics(whole)
+    assert weights(run) == weights(whole)
+    ours, theirs = (path / "checkpoints" / "step_000006" / "value_model" for path in (run, whole))
+    for name in ("model.safetensors", "value_head.safetensors"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    last = metrics(run)[-1]
+    assert last["algo/ref_kl"] > 0 and "value/explained_variance" in last
+    again = ["steps=1", "resume=never", f"value.path={ours}", f"model.path={run / 'checkpoints/step_000006/model'}"]
+    assert "value/loss" in metrics(finish(start(tmp_path / "cut", *again, "value.enabled=true"), tmp_path / "cut"))[-1]
+
+
+def test_step_credit_reaches_the_learner(tmp_path):
+    overrides = ["model.path=tiny:full", "algo.preset=mdpo", "rollout.decoder.max_tokens=16", "steps=2", "checkpoint.every=0"]
+    last = metrics(finish(start(tmp_path, *overrides), tmp_path))[-1]
+    assert last["algo/rows"] <= 6 * 4 * 8 and last["reward/verifier_calls_saved"] > 0
+    assert last["algo/ref_kl"] >= 0 and last["parity/max_abs_delta"] <= 1e-4
+
+
 def test_two_ranks_and_three_workers_give_the_same_samples(baseline, tmp_path):
     """The first step's experience depends neither on the number of workers nor on the learner's shape."""
     overrides = ["steps=2", "learner.workers=2", "learner.zero_stage=3", "rollout.workers=3", "verifier.workers=1"]

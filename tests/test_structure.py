@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CONFIG_LEAVES = 129  # every new one is a decision
 FLOORS = (  # imports go down only; units of one floor do not import each other
     {"errors"},
-    {"trajectory", "config", "voting"},
+    {"trajectory", "config", "voting", "user_code"},
     {"cluster", "schema", "decoder_presets", "objective_presets"},
     {"actor_pool", "contradictions"},
     {"models"},

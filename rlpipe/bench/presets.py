@@ -49,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
         row = Row(name, [], [], [], [])
         for seed in range(settings.seeds):
             found = _run(settings, name, seed)
-            print(f"{name} seed {seed}: {found}", flush=True)
+            said = found if isinstance(found, str) else f"{found['eval_start']:.3f} -> {found['eval_final']:.3f}"
+            print(f"{name} seed {seed}: {said}", flush=True)
             if isinstance(found, str):
                 row.failures.append(found)
                 continue

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlpipe import user_code
 from rlpipe.config import AlgoConfig
 from rlpipe.errors import ConfigError
 from rlpipe.objectives.advantages import ADVANTAGES, group_advantages
@@ -205,10 +206,17 @@ class Objective:
         return finalize_updates(updates)
 
 
+def find_preset(name: str) -> Preset:
+    """A preset by name, or a user's own as `module:NAME` or `file.py:NAME`. Raises ConfigError with the nearest one."""
+    if ":" in name:
+        return user_code.load("algo.preset", name, lambda found: isinstance(found, Preset), "Preset")
+    _known("preset", name, tuple(PRESETS))
+    return PRESETS[name]
+
+
 def build_objective(algo: AlgoConfig, max_tokens: int | None = None) -> Objective:
     """The objective that a recipe names. max_tokens: rollout.decoder.max_tokens, needed where `weights` is called
     with the normalizer `constant`. Raises ConfigError, with the nearest match for a wrong name."""
-    _known("preset", algo.preset, tuple(PRESETS))
     _known("advantage", algo.advantage, ADVANTAGES)
     _known("ratio", algo.ratio, UNITS)
     _known("kl_estimator", algo.kl_estimator, KL_ESTIMATORS)
@@ -217,7 +225,7 @@ def build_objective(algo: AlgoConfig, max_tokens: int | None = None) -> Objectiv
     _known("score_by", algo.score_by, SCORE_BY)
     if algo.kl_normalizer:
         _known("kl_normalizer", algo.kl_normalizer, KL_NORMALIZERS)
-    preset = PRESETS[algo.preset]
+    preset = find_preset(algo.preset)
     for name in ("clip_low", "clip_high", "clip_dual", "kl_coef", "random_share"):
         if not getattr(algo, name) >= 0:
             raise ConfigError(f"algo.{name}={getattr(algo, name)}: must not be negative")

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import math
-import sys
-import zlib
 from collections.abc import Callable
 from numbers import Real
-from pathlib import Path
-from types import ModuleType
 
+from rlpipe import user_code
 from rlpipe.errors import ConfigError, VerifierFailed
 from rlpipe.trajectory import Prompt
 
@@ -29,33 +25,7 @@ def load_verifier(name: str) -> Verifier:
                 f"verifier.name={name} is not one of {', '.join(BUILT_IN)}; did you mean {near}? (or file.py:function)"
             )
         return importlib.import_module(f"rlpipe.verifiers.{name}").verify
-    place, _, function = name.rpartition(":")
-    try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever the user's module raises while it is loaded
-        raise ConfigError(f"verifier.name={name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(function, known, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"verifier.name={name}: {place} has no function {function}{hint}")
-    return found
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    name = f"rlpipe_verifier_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up here
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return user_code.load("verifier.name", name, callable, "function")
 
 
 def score(verifier: Verifier, prompt: Prompt, response: str) -> dict[str, float]:
