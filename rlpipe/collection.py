@@ -84,7 +84,8 @@ class Collector:
     ):
         self.cfg, self.cursor, self.objective, self.monitor = cfg, cursor, objective, monitor
         self.rollouts, self.verifiers = rollouts, verifiers
-        self.stride = objective.planner.stride if objective.needs_step_rewards else 0  # between recorded predictions; 0: none
+        judged = cfg.value.enabled and cfg.value.step_rewards
+        self.stride = objective.planner.stride if objective.needs_step_rewards else int(judged)  # of predictions; 0: none
 
     def collect(self, step: int) -> Harvest:
         """Groups with a learning signal. Under `groups: refill` those without one are replaced by fresh prompts, for up to

@@ -154,6 +154,7 @@ class ValueConfig:
     path: str = ""  # a folder, a run's checkpoints/…/value_model for one; empty: starts as the policy
     lr: float = 5e-6
     clip: float = 0.2  # of a value's change since the step began, in units of the group-relative reward
+    step_rewards: bool = False  # every step's full prediction is verified, and pays what it changed (full attention)
     gate: float = 0.0  # below this explained variance the policy is trained on group advantages while the value model learns
     gamma: float = 1.0
     lam: float = 1.0

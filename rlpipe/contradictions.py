@@ -290,6 +290,12 @@ def _check_value(cfg: RunConfig) -> None:
             f"value.enabled=true: algo.preset={cfg.algo.preset} does not score each token of a rollout once, so a token has no "
             f"single value; use {' or '.join(VALUED)}"
         )
+    stepwise = cfg.value.enabled and cfg.value.step_rewards
+    if stepwise and (block_size(cfg) or cfg.rollout.decoder.cache not in ("auto", "none")):
+        raise ConfigError(
+            "value.step_rewards=true needs a prediction of the whole answer at every step: a model with full attention and "
+            "rollout.decoder.cache=none"
+        )
 
 
 def _check_data(cfg: RunConfig) -> None:

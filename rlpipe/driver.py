@@ -126,6 +126,7 @@ class Driver:
             lam=value.lam,
             shrink=self.cfg.algo.shrink,
             gate=value.gate,
+            stepwise=value.step_rewards,
         )
         return plan, metrics, self.value.start_training(plan)
 

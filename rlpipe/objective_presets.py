@@ -28,7 +28,7 @@ _trust_region = {"ratio": "token", "clip_dual": 0.0, "clip_dynamic": False, "kl_
 
 ALGO_PRESETS: dict[str, dict[str, Any]] = {
     "tracerl": _trust_region,  # arXiv 2509.06949
-    "random_mask": _trust_region,  # the random-masking baseline of the same code
+    "random_mask": _trust_region | {"shrink": 1},  # the random-masking baseline of the same code
     "dipo": _method(  # DiRL, arXiv 2512.22234
         advantage="zscore", clip_high=0.28, kl_coef=0.1, kl_reference="initial", normalizer="row_mean"
     ),

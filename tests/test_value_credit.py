@@ -7,7 +7,7 @@ import pytest
 from test_learner_samples import step_plan
 
 from rlpipe.errors import RlpipeError
-from rlpipe.learner.credit import finalize_value, with_values
+from rlpipe.learner.credit import finalize_value, step_dues, with_values
 
 PLAIN = {"gamma": 1.0, "lam": 1.0, "shrink": 1, "gate": -np.inf}
 
@@ -72,3 +72,29 @@ def test_a_lost_value_model_is_reported():
     assert finalize_value([]) == {}
     with pytest.raises(RlpipeError, match=r"value\.lr"):
         finalize_value([good | {"grad_norm": float("nan")}])
+
+
+def test_step_dues_add_up_to_the_reward_relative_to_the_group():
+    from rlpipe.trajectory import Predictions, replace
+
+    _, records = step_plan("full", count=4, updates=1, group=2)
+    rng, judged = np.random.default_rng(3), []
+    for record in records:
+        count = int(record.events.step.max()) + 1
+        shape = (count, record.response_len)
+        step = np.arange(count, dtype=np.int32)
+        made = Predictions(step=step, tokens=np.zeros(shape, np.int32), confidence=np.zeros(shape, np.float32))
+        judged.append(replace(record, predictions=made, step_rewards=rng.integers(0, 2, count).astype(np.float32)))
+    for record in judged:
+        steps, trainable = record.step_map(), record.loss_mask()
+        due = step_dues(record, steps, trainable, 0.25)
+        paid = [due[trainable & (steps == step)][0] for step in np.unique(steps[trainable])]
+        assert sum(paid) == pytest.approx(record.step_rewards[-1] - 0.25)
+        if record.valid_len == record.response_len:
+            np.testing.assert_allclose(paid, np.diff(record.step_rewards, prepend=0.25))
+    plan = step_plan("full", count=4, updates=1, group=2)[0]
+    values = [np.zeros(s.num_scored, np.float32) for s in plan.samples]
+    valued, _ = with_values(plan, judged, np.ones(4, np.float32), values, **PLAIN | {"stepwise": True})
+    first = next(s for s, owner in zip(valued.samples, plan.owner, strict=True) if owner == 0)
+    group = np.mean([record.step_rewards[-1] for record in judged[:2]])
+    assert first.returns[0] == pytest.approx(judged[0].step_rewards[-1] - group, abs=1e-6)
