@@ -6,7 +6,7 @@ import torch
 from tiny_models import prompts, sample, tiny, with_spec
 
 from rlpipe.models.attention import DensePlan
-from rlpipe.models.packed_attention import PartsPlan, dense_plan
+from rlpipe.models.packed_attention import FlexPlan, PartsPlan, dense_plan
 from rlpipe.models.packing import make_piece, pack
 from rlpipe.models.visibility import Tags, visibility
 from rlpipe.objectives.planner import plan_replay
@@ -127,6 +127,17 @@ def test_parts_equal_the_dense_mask_forward_and_backward(block_size, kv_heads):
             found.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
         for mine, dense in zip(*found, strict=True):
             torch.testing.assert_close(mine, dense, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("block_size", (4, 0))
+def test_the_flex_mask_is_the_dense_mask(block_size):
+    batch = random_pack(np.random.default_rng(1), block_size)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, h, len(batch.tags.copy), 16, generator=generator) for h in (4, 2, 2))
+    with torch.no_grad():
+        found, dense = (plan.attend(0, query, key, value, 0.25) for plan in (FlexPlan(batch.tags), dense_plan(batch.tags)))
+    torch.testing.assert_close(found, dense, rtol=0, atol=1e-5)
 
 
 def test_sharing_a_prompt_changes_nothing_but_the_number_of_tokens():

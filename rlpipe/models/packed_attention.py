@@ -7,6 +7,7 @@ forward and backward, as ring attention does (arXiv 2310.01889). On a GPU the sa
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -207,7 +208,8 @@ class _PackedAttention(torch.autograd.Function):
 
 
 class FlexPlan:
-    """The GPU path: the rule as a block-sparse mask of FlexAttention, compiled once for all shapes."""
+    """The GPU path: the rule as a block-sparse mask of FlexAttention, compiled once for all shapes. (On a CPU it is computed
+    densely and without gradients, which is enough to test it.)"""
 
     def __init__(self, tags: Tags):
         from torch.nn.attention.flex_attention import create_block_mask
@@ -217,20 +219,16 @@ class FlexPlan:
         def rule(batch, head, query, key):
             return visible(tags[query], tags[key])
 
-        self.mask = create_block_mask(rule, None, None, length, length, device=tags.copy.device, _compile=True)
+        self.mask = create_block_mask(rule, None, None, length, length, device=tags.copy.device)
 
     def attend(self, layer, query, key, value, scaling):
         grouped = query.shape[1] != key.shape[1]
-        out = _flex()(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped)
+        out = _flex(query.is_cuda)(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2)
 
 
-_compiled = []
+@functools.cache
+def _flex(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
 
-
-def _flex():
-    if not _compiled:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _compiled.append(torch.compile(flex_attention, dynamic=True))
-    return _compiled[0]
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
