@@ -159,7 +159,7 @@ def pack(pieces: Sequence[Piece], slots: Sequence[np.ndarray], groups: Sequence[
     return PackedBatch(
         input_ids=column("ids")[None],
         position_ids=column("position")[None],
-        tags=Tags(column("sequence"), column("response"), column("block"), column("copy")),
+        tags=layout.tags(),
         index=tensor(np.concatenate([start + p.index for start, p in zip(starts, pieces, strict=True)])),
         targets=tensor(np.concatenate([piece.targets for piece in pieces])),
         slot=tensor(np.concatenate(list(slots)).astype(np.int64)),
@@ -171,9 +171,8 @@ class _Layout:
     """Pieces one behind the other."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("ids", "position", "sequence", "response", "block", "copy")
-        }
+        self.columns: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "position", "block", "copy")}
+        self.runs: list[tuple[int, int, int]] = []  # sequence, response and how many tokens have them
         self.looks = Looks()
         self.length = self.sequence = self.response = 0
         self.prefix = (0, 0)
@@ -186,29 +185,34 @@ class _Layout:
         self.prefix = (start, start + length)
         if length:
             place = np.arange(length)
-            self._append(piece.prefix_ids, place, self.sequence, place // piece.block_size, np.zeros(length, np.int64))
+            self._append(piece.prefix_ids, place, place // piece.block_size, np.zeros(length, np.int64))
+            self.runs.append((self.sequence, 0, length))
             self.looks.add(self.prefix, (self.prefix,))
 
     def add(self, piece: Piece) -> int:
         """Where the piece starts."""
         start = self.length
         self.response += 1
+        self._append(piece.ids, piece.position, piece.block, piece.copy)
         if piece.block_size:
-            self._append(piece.ids, piece.position, self.sequence, piece.block, piece.copy)
+            self.runs.append((self.sequence, self.response, len(piece)))
             own = (start, start + piece.clean)
             self.looks.add((start, self.length), tuple(span for span in (self.prefix, own) if span[0] < span[1]))
             self.looks.add_segments(start + piece.edges[:-1], piece.block_size)
             return start
-        sequence = self.sequence + 1 + np.arange(len(piece)) // int(piece.edges[1])
-        self.sequence = int(sequence[-1])
-        self._append(piece.ids, piece.position, sequence, piece.block, piece.copy)
-        for edge, following in zip(piece.edges[:-1], piece.edges[1:], strict=True):
-            canvas = (start + int(edge), start + int(following))
+        for edge, following in zip(piece.edges[:-1].tolist(), piece.edges[1:].tolist(), strict=True):
+            self.sequence += 1
+            self.runs.append((self.sequence, self.response, following - edge))
+            canvas = (start + edge, start + following)
             self.looks.add(canvas, (canvas,))
         return start
 
-    def _append(self, ids, position, sequence, block, copy) -> None:
-        columns = (ids, position, sequence, self.response, block, copy)
-        for name, values in zip(self.columns, columns, strict=True):
-            self.columns[name].append(np.broadcast_to(np.asarray(values, np.int64), ids.shape))
-        self.length += len(ids)
+    def _append(self, *columns: np.ndarray) -> None:
+        for parts, values in zip(self.columns.values(), columns, strict=True):
+            parts.append(values)
+        self.length += len(columns[0])
+
+    def tags(self) -> Tags:
+        sequence, response, lengths = np.array(self.runs, np.int64).T
+        columns = (np.repeat(sequence, lengths), np.repeat(response, lengths))
+        return Tags(*columns, np.concatenate(self.columns["block"]), np.concatenate(self.columns["copy"])).map(torch.from_numpy)
