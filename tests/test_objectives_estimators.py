@@ -9,7 +9,6 @@ from test_objectives import predicted, trajectory_of
 
 from rlpipe import recipe
 from rlpipe.config import AlgoConfig
-from rlpipe.contradictions import CHOICES
 from rlpipe.errors import ConfigError
 from rlpipe.objective_presets import ALGO_PRESETS, algo_settings
 from rlpipe.objectives.estimators import AllMasked, LeftToRight, SampledSteps, Segments, draw_steps
@@ -163,7 +162,7 @@ def test_static_schedules_make_cj_and_tracerl_equal():
 
 @pytest.mark.parametrize("name", ALGO_PRESETS)
 def test_every_preset_is_known_everywhere_and_draws_from_its_own_generator(name):
-    assert set(ALGO_PRESETS) == set(PRESETS) == set(CHOICES["algo.preset"])
+    assert set(ALGO_PRESETS) == set(PRESETS)
     objective = build_objective(named(name), max_tokens=8)
     trajectories = predicted([[2, 1, 4, 3], [1, 2, 4, 3]])
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -181,7 +180,7 @@ def test_presets_leave_nothing_of_one_another():
     keys = {frozenset(settings) for name, settings in ALGO_PRESETS.items() if name not in ("tracerl", "random_mask")}
     smallest = min(keys, key=len)
     assert all(found - smallest <= {"kl_lag", "kl_mix"} for found in keys)
-    assert set(ALGO_PRESETS["tracerl"]) == set(ALGO_PRESETS["random_mask"]) <= smallest
+    assert set(ALGO_PRESETS["tracerl"]) | {"shrink"} == set(ALGO_PRESETS["random_mask"]) <= smallest
     cfg = recipe.load(["recipe=quickstart_full", "algo.preset=coupled_grpo", "algo.kl_coef=0"])
     assert (cfg.algo.ratio, cfg.algo.kl_reference, cfg.algo.kl_coef) == ("position", "lagged", 0.0)
     assert not build_objective(cfg.algo).needs_reference and build_objective(named("espo")).needs_reference
