@@ -64,6 +64,15 @@ def tree(process: subprocess.Popen) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+def kill_everything(process: subprocess.Popen) -> None:
+    for victim in tree(process):
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(timeout=30)
+
+
 def title(process: psutil.Process) -> str:
     """What Ray calls a worker: 'ray::RolloutWorker.generate', say; empty for one that is gone."""
     try:
@@ -127,12 +136,7 @@ def test_killed_workers_change_nothing(baseline, tmp_path):
 def test_kill_everything_and_resume_is_bit_identical(baseline, tmp_path):
     process = start(tmp_path)
     wait_for_step(tmp_path, process, 3)
-    for victim in tree(process):
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait(timeout=30)
+    kill_everything(process)
     first = (tmp_path / "quickstart" / "latest").resolve()
     run = finish(start(tmp_path, "resume=auto"), tmp_path)
     assert run == first, "resume=auto continues the same run"
@@ -160,12 +164,7 @@ def test_a_killed_run_with_values_adapters_and_a_lagged_reference_resumes_bit_id
     whole = finish(start(tmp_path / "whole", *EVERYTHING), tmp_path / "whole")
     process = start(tmp_path / "cut", *EVERYTHING)
     wait_for_step(tmp_path / "cut", process, 3)
-    for victim in tree(process):
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait(timeout=30)
+    kill_everything(process)
     run = finish(start(tmp_path / "cut", "resume=auto", *EVERYTHING), tmp_path / "cut")
     assert metrics(run) == metrics(whole)
     assert weights(run) == weights(whole)
