@@ -78,7 +78,6 @@ def plain_entries(advantage, policy_weight, kl_weight) -> Entries:
         advantage=advantage,
         policy_weight=policy_weight,
         kl_weight=kl_weight,
-        row=ids,
         position=ids,
     )
 

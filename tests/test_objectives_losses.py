@@ -144,7 +144,6 @@ def fixture_f(objective, *, rows=(), kl=None) -> float:
         advantage=torch.from_numpy(np.concatenate(credit)).float(),
         policy_weight=policy,
         kl_weight=kl_weight,
-        row=torch.tensor([0, 0, 0, 1, 1]),
         position=torch.arange(5),
     )
     return float(objective.loss(NEW_F, OLD_F, entries, ref_logp=kl).loss)

@@ -65,9 +65,9 @@ def collate(
     advantages = objective.advantages(rewards)
     chosen = range(len(rows)) if only is None else only
     columns: dict[str, list] = {name: [] for name in Entries.__slots__}
-    start = rows_before = positions_before = 0
+    start = positions_before = 0
     for i in chosen:
-        row, position = np.nonzero(rows[i].scored)
+        position = np.nonzero(rows[i].scored)[1]
         credit = np.full(len(units[i]), advantages[i]) if units[i].credit is None else units[i].credit
         for name, value in {
             "unit": units[i].entry.astype(np.int64) + start,
@@ -75,11 +75,10 @@ def collate(
             "advantage": credit.astype(np.float64),
             "policy_weight": policy[i].astype(np.float64),
             "kl_weight": kl[i].astype(np.float64),
-            "row": row + rows_before,
             "position": position + positions_before,
         }.items():
             columns[name].append(value)
-        start, rows_before = start + len(units[i]), rows_before + len(rows[i])
+        start += len(units[i])
         positions_before += rows[i].response_len
     owner = np.repeat(np.arange(len(rows)), [part.num_scored for part in rows])
     entries = Entries(**{name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()})

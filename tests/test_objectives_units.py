@@ -82,7 +82,6 @@ def test_entries_join_as_planned(kind):
         advantage=torch.zeros(len(units)),
         policy_weight=torch.zeros(len(units)),
         kl_weight=torch.zeros(len(units)),
-        row=torch.zeros(7, dtype=torch.long),
         position=torch.arange(7),
     )
     assert entries.join(torch.from_numpy(logp)).tolist() == pytest.approx(expected.tolist())

@@ -223,3 +223,18 @@ def test_block_cache_equals_the_full_forward():
             hidden = model.hidden(ids, position, DensePlan(mask))[0, record.prompt_len + last + final]
             logp = torch.log_softmax(model.logits(hidden[None]), -1)[0]
         assert abs(logp[record.response_ids[last + final]] - record.at_commit("logp")[last + final]) < 1e-5
+
+
+def test_entropies_are_there_if_asked_for_and_carry_gradients_if_wanted():
+    model, _ = tiny("full")
+    masked = np.array([[True, True, False]])
+    piece = make_piece(np.array([4, 5]), np.array([6, 7, 8]), masked, masked, block_size=0, mask_id=model.spec.mask_token_id)
+    batch = pack([piece], [piece.slot])
+    inputs = (batch.input_ids, batch.position_ids, batch.plan(), batch.index, batch.targets)
+    assert model(*inputs)[1] is None
+    value, grad = model(*inputs, entropy="value")[1], model(*inputs, entropy="grad")[1]
+    logits = model.logits(model.hidden(*inputs[:3]).flatten(0, 1)[batch.index])
+    torch.testing.assert_close(value, torch.distributions.Categorical(logits=logits).entropy())
+    assert not value.requires_grad and grad.requires_grad and torch.equal(value, grad.detach())
+    parameter = next(model.parameters())
+    assert torch.isfinite(torch.autograd.grad(grad.sum(), parameter)[0]).all()

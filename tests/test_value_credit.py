@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_learner_samples import step_plan
 
-from rlpipe.errors import RlpipeError
+from rlpipe.errors import ConfigError, RlpipeError
 from rlpipe.learner.credit import finalize_value, step_dues, with_values
 
 PLAIN = {"gamma": 1.0, "lam": 1.0, "shrink": 1, "gate": -np.inf}
@@ -62,7 +62,7 @@ def test_a_token_with_several_values_is_refused():
         plan, samples=plan.samples * 2, owner=plan.owner * 2, updates=[list(range(2 * len(plan.samples)))]
     )
     values = [np.zeros(s.num_scored, np.float32) for s in twice.samples]
-    with pytest.raises(ValueError, match="once"):
+    with pytest.raises(ConfigError, match="once"):
         with_values(twice, records, np.ones(2, np.float32), values, **PLAIN)
 
 

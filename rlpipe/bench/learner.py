@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from rlpipe.bench import models
 from rlpipe.bench.experience import draw_step
 from rlpipe.bench.memory import PeakMemory
 from rlpipe.bench.settings import LearnerSettings, read
+from rlpipe.bench.table import show_table
 from rlpipe.errors import ConfigError
 from rlpipe.learner.batches import Batches
 from rlpipe.learner.micro_batches import Sizes, plan_micro_batches
@@ -91,7 +91,8 @@ def packed(model: DiffusionLM, samples: Sequence[Sample], objective: Objective, 
     batches = Batches(samples, model.spec, model.device)
     for batch in plan_micro_batches(Sizes.of(samples), range(len(samples)), budget, 1)[0]:
         held = batches.packed(batch)
-        logp, entropy = model(held.input_ids, held.position_ids, held.plan(), held.index, held.targets)
+        inputs = (held.input_ids, held.position_ids, held.plan(), held.index, held.targets)
+        logp, entropy = model(*inputs, entropy="value")
         order = held.slot.argsort()
         terms = objective.loss(logp[order], logp[order].detach(), batches.entries(batch), entropy=entropy[order])
         terms.loss.backward()
@@ -149,8 +150,7 @@ def _row_logp(model: DiffusionLM, sample: Sample, row: int, ids, position, plan)
 def _entries(sample: Sample, part: slice, device) -> Entries:
     names = ("advantage", "policy_weight", "kl_weight")
     column = {name: torch.from_numpy(getattr(sample, name)[part]).to(device) for name in names}
-    ids = torch.arange(part.stop - part.start, device=device)
-    return Entries(unit=None, coefficient=None, row=ids, position=ids, **column)
+    return Entries(unit=None, coefficient=None, **column)
 
 
 def compete(runners: dict[str, Callable], model: DiffusionLM, settings: LearnerSettings) -> dict[str, Result]:
@@ -247,28 +247,18 @@ def summary(results: dict[str, Result], cost: tuple[float, float], model: Diffus
 
 
 def show(results: dict[str, Result], report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    ours = results[PACKED]
-    table = Table("", "s", "packed is", "tokens", "fewer", "old log-prob tokens", "head rows", "scored", "peak MB")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    ours, settings = results[PACKED], report["settings"]
+    rows = []
     for name, r in results.items():
         ratios = ("", "") if name == PACKED else (f"{r.seconds / ours.seconds:.2f}x", f"{r.tokens / ours.tokens:.2f}x")
         counts = (f"{r.scoring_tokens:,}", f"{r.head_rows:,}", f"{r.scored:,}", f"{r.memory / 1e6:,.0f}")
-        table.add_row(name, f"{r.seconds:.2f}", ratios[0], f"{r.tokens:,}", ratios[1], *counts)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    settings, machine = report["settings"], report["machine"]
-    where = machine.get("gpu", "CPU") if settings["device"] == "cuda" else f"{machine['cpu_count']} CPU cores"
-    parts = (
-        f"{settings['model']} ({report['parameters'] / 1e6:.1f}M parameters, {settings['dtype']})",
+        rows.append((name, f"{r.seconds:.2f}", ratios[0], f"{r.tokens:,}", ratios[1], *counts))
+    columns = ("", "s", "packed is", "tokens", "fewer", "old log-prob tokens", "head rows", "scored", "peak MB")
+    facts = (
         f"{settings['groups']} groups of {settings['samples']}, prompt {settings['prompt_len']}, "
         f"response {settings['response_len']}, {settings['tokens_per_step']} token(s) a step, shrink {settings['shrink']}",
-        f"{where}, {machine['platform']}, torch {report['versions']['torch']}, {settings['threads']} threads",
     )
-    console.print(" · ".join(parts), soft_wrap=True)
+    console = show_table(columns, rows, report, facts)
     console.print(
         f"packed: {report['tokens_per_s']:,.0f} backbone tokens/s, {report['floor_ratio']:.2f} times the floor of "
         f"{report['floor_seconds']:.2f} s (its tokens in a plain batch)"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rlpipe.bench import baselines, models
 from rlpipe.bench.memory import PeakMemory
 from rlpipe.bench.roofline import Roofline, roofline
 from rlpipe.bench.settings import BASELINES, RolloutSettings, read
+from rlpipe.bench.table import show_table
 from rlpipe.errors import ConfigError
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.monitor.machine import machine_facts, package_versions
@@ -198,30 +198,20 @@ def summary(results: dict[str, Result], decoder: Decoder, floor: Roofline | None
 
 
 def show(results: dict[str, Result], report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    ours = results[ENGINE]
-    table = Table("", "tokens/s", "engine is", "forwards/token", "rows/token", "head rows/token", "syncs/step", "s", "peak MB")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    ours, settings = results[ENGINE], report["settings"]
+    rows = []
     for name, r in results.items():
         per_token = [f"{r.work[key] / r.tokens:.3f}" for key in ("forwards", "rows", "head_rows")]
         faster = "" if name == ENGINE else f"{ours.rate / r.rate:.2f}x"
         syncs = f"{report['host_syncs_per_step']:.1f}" if name == ENGINE else ""
-        table.add_row(name, f"{r.rate:,.0f}", faster, *per_token, syncs, f"{r.seconds:.2f}", f"{r.memory / 1e6:,.0f}")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    settings, machine = report["settings"], report["machine"]
-    where = machine.get("gpu", "CPU") if settings["device"] == "cuda" else f"{machine['cpu_count']} CPU cores"
-    parts = (
-        f"{settings['model']} ({report['parameters'] / 1e6:.1f}M parameters, {settings['dtype']})",
+        rows.append((name, f"{r.rate:,.0f}", faster, *per_token, syncs, f"{r.seconds:.2f}", f"{r.memory / 1e6:,.0f}"))
+    columns = ("", "tokens/s", "engine is", "forwards/token", "rows/token", "head rows/token", "syncs/step", "s", "peak MB")
+    facts = (
         report["decoder"]["preset"],
         f"n {settings['n']}, prompts up to {settings['prompt_len']}, responses up to {settings['max_tokens']}",
         f"seed {settings['seed']}",
-        f"{where}, {machine['platform']}, torch {report['versions']['torch']}, {settings['threads']} threads",
     )
-    console.print(" · ".join(parts), soft_wrap=True)
+    console = show_table(columns, rows, report, facts)
     if report["agreement"] is not None:
         cache = "exact" if report["exact"] else "approximate"
         console.print(f"tokens equal to the baselines': {report['agreement']:.1%} ({cache} cache, {settings['dtype']})")

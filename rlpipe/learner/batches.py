@@ -44,8 +44,9 @@ class Batches:
         """One of the samples' float columns, joined."""
         return torch.from_numpy(np.concatenate([getattr(self.samples[i], name) for i in batch])).to(self.device)
 
-    def entries(self, batch: Sequence[int]) -> Entries:
-        """How the batch's scored tokens join into units, and what each unit weighs."""
+    def entries(self, batch: Sequence[int], positions: bool = False) -> Entries:
+        """How the batch's scored tokens join into units, and what each unit weighs. positions: with their places, which only
+        joins that are not sums need."""
         held = [self.samples[i] for i in batch]
         unit = coefficient = None
         if any(len(sample.unit) for sample in held):
@@ -54,15 +55,13 @@ class Batches:
             unit = self._ids([part + start for part, start in zip(own, starts[:-1], strict=True)])
             ones = [s.coefficient if len(s.unit) else np.ones(s.num_scored, np.float32) for s in held]
             coefficient = torch.from_numpy(np.concatenate(ones)).to(self.device)
-        row, position = _places(held)
         return Entries(
             unit=unit,
             coefficient=coefficient,
             advantage=self.column(batch, "advantage"),
             policy_weight=self.column(batch, "policy_weight"),
             kl_weight=self.column(batch, "kl_weight"),
-            row=self._ids(row),
-            position=self._ids(position),
+            position=self._ids(_positions(held)) if positions else None,
         )
 
     def behaviour(self, batch: Sequence[int]) -> torch.Tensor:
@@ -75,16 +74,10 @@ class Batches:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self.device)
 
 
-def _places(samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Row and response position of every scored token, numbered through over the samples."""
-    rows, positions, before_rows, before_positions = [], [], 0, 0
-    for sample in samples:
-        row, position = np.nonzero(sample.scored)
-        rows.append(row + before_rows)
-        positions.append(position + before_positions)
-        before_rows += sample.scored.shape[0]
-        before_positions += sample.scored.shape[1]
-    return rows, positions
+def _positions(samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Response position of every scored token, numbered through over the samples."""
+    starts = np.cumsum([0] + [sample.scored.shape[1] for sample in samples])
+    return [np.nonzero(sample.scored)[1] + start for sample, start in zip(samples, starts[:-1], strict=True)]
 
 
 def is_filler(batch: Sequence[int]) -> bool:

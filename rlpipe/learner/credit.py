@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlpipe.errors import RlpipeError
+from rlpipe.errors import ConfigError, RlpipeError
 from rlpipe.learner.step import StepPlan
 from rlpipe.objectives.gae import gae_over_steps, place_reward
 from rlpipe.objectives.planner import collapse_steps, response_blocks
@@ -34,7 +34,7 @@ def with_values(
     last step. stepwise: instead every step pays what it changed in the reward of the full prediction, see `step_dues` ·
     values: float32[M] of each sample, empty for those that are not trained on. Below the gate the policy keeps the plan's
     advantages and only the value model learns. Metrics: value/explained_variance, value/mean, value/bias (mean of value -
-    return), value/in_use. Raises ValueError if a token is scored in more than one row: it would have several values.
+    return), value/in_use. Raises ConfigError if a token is scored in more than one row: it would have several values.
     """
     samples = list(plan.samples)
     own: dict[int, list[int]] = {}
@@ -49,7 +49,10 @@ def with_values(
         trainable = np.zeros(trajectory.response_len, bool)
         for i, where in zip(indices, place, strict=True):
             if trainable[where].any() or len(np.unique(where)) != len(where):
-                raise ValueError("a value model needs rows that score each token once, as those of algo.preset=tracerl do")
+                raise ConfigError(
+                    "value.enabled=true: the rows of this algo.preset score a token more than once, so it would have several "
+                    "values; use a preset whose rows score each token once, such as tracerl, or set value.enabled=false"
+                )
             value[where], trainable[where] = values[i], True
         steps = collapse_steps(trajectory.step_map(), shrink, response_blocks(trajectory))
         if stepwise:

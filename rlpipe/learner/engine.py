@@ -21,7 +21,7 @@ from torch import nn
 
 from rlpipe.config import LearnerConfig
 from rlpipe.errors import CheckpointError, RlpipeError
-from rlpipe.models.adapters import merge, merged_parameters
+from rlpipe.models.adapters import merged_parameters
 from rlpipe.models.weights import Entry, fill_bucket, split_buckets, tensor_of
 
 EXPORT_BUCKET_BYTES = 256 * 2**20
@@ -115,13 +115,14 @@ class Engine:
         """
         lm, stage3 = self.model.lm, self.config.zero_stage == 3
         named = merged_parameters(lm)
-        sizes = [(p[0].ds_numel if stage3 else p[0].numel()) * p[0].element_size() for _, p in named]
+        whole = [merged.parts[0] for merged in named]
+        sizes = [(p.ds_numel if stage3 else p.numel()) * p.element_size() for p in whole]
         for number, indices in enumerate(split_buckets(sizes, bucket_bytes)):
             chosen = [named[i] for i in indices]
-            with self.gathered([p for _, parts in chosen for p in parts]):
+            with self.gathered([part for merged in chosen for part in merged.parts]):
                 packed: tuple[np.ndarray | None, list[Entry]] = (None, [])
                 if self.rank == 0:
-                    packed = fill_bucket([(name, merge(lm, name, parts)) for name, parts in chosen], number)
+                    packed = fill_bucket([(merged.name, merged.tensor()) for merged in chosen], number)
             yield packed
 
     def gathered(self, parameters: list[nn.Parameter]):

@@ -53,8 +53,7 @@ def plan_micro_batches(sizes: Sizes, wanted: Sequence[int], token_budget: int, r
         return [[] for _ in range(ranks)]
     batches: list[list[int]] = []
     room: list[int] = []
-    for bundle in _bundles(sizes, wanted, token_budget):
-        tokens = sizes.tokens(bundle)
+    for tokens, bundle in _bundles(sizes, wanted, token_budget):
         place = next((i for i, free in enumerate(room) if tokens <= free), None)
         if place is None:
             batches.append([])
@@ -67,33 +66,36 @@ def plan_micro_batches(sizes: Sizes, wanted: Sequence[int], token_budget: int, r
         batches.remove(largest)
         batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     plan: list[list[list[int]]] = [[] for _ in range(ranks)]
-    for batch in sorted(batches, key=lambda b: (-sizes.tokens(b), b)):
-        min(plan, key=lambda rank: (len(rank), sum(map(sizes.tokens, rank)))).append(batch)
+    work = [0] * ranks
+    for tokens, batch in sorted(((sizes.tokens(batch), batch) for batch in batches), key=lambda pair: (-pair[0], pair[1])):
+        rank = min(range(ranks), key=lambda r: (len(plan[r]), work[r]))
+        plan[rank].append(batch)
+        work[rank] += tokens
     most = max(len(rank) for rank in plan)
-    smallest = min(wanted, key=lambda i: (sizes.tokens([i]), i))
+    smallest = min(wanted, key=lambda i: (sizes.own[i] + sizes.shared[i], i))
     for rank in plan:
         rank.extend([~smallest] for _ in range(most - len(rank)))
     return plan
 
 
-def _bundles(sizes: Sizes, wanted: Sequence[int], budget: int) -> list[list[int]]:
-    """Samples of one group that fit the budget together, largest bundles first."""
+def _bundles(sizes: Sizes, wanted: Sequence[int], budget: int) -> list[tuple[int, list[int]]]:
+    """(tokens, samples of one group that fit the budget together), largest bundles first."""
     groups: dict[int, list[int]] = {}
     for index in wanted:
         key = int(sizes.group[index]) if sizes.shared[index] else -1 - index  # without a prompt to share each is its own
         groups.setdefault(key, []).append(index)
-    bundles = []
+    bundles: list[tuple[int, list[int]]] = []
     for members in groups.values():
         members.sort(key=lambda i: (-sizes.own[i], i))
         tokens = 0
         for index in members:
             own = int(sizes.own[index])
             if not tokens or tokens + own > budget:
-                bundles.append([])
+                bundles.append((0, []))
                 tokens = int(sizes.shared[index])
-            bundles[-1].append(index)
             tokens += own
-    return sorted(bundles, key=lambda bundle: (-sizes.tokens(bundle), bundle))
+            bundles[-1] = (tokens, [*bundles[-1][1], index])
+    return sorted(bundles, key=lambda bundle: (-bundle[0], bundle[1]))
 
 
 def make_shards(

@@ -58,21 +58,21 @@ class PolicyLearner:
         return {"updates": updates} | self._parity()
 
     def _loss(self, batch: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
-        logp, entropy = self._forward(batch, self.engine.module)
+        logp, entropy = self._forward(batch, self.engine.module, entropy="value")
         if is_filler(batch):  # the pass happens, so that collectives match on all ranks, and adds exactly nothing
             return (logp * 0.0).sum(), {}
         if self.old[batch[0]] is None:
             self._keep(self.old, batch, logp)
-        device = logp.device
         terms = self.objective.loss(
             logp,
-            torch.cat([self.old[i] for i in batch]).to(device),
-            self.batches.entries(batch),
-            ref_logp=torch.cat([self.referred[i] for i in batch]).to(device) if self.objective.needs_reference else None,
+            torch.cat([self.old[i] for i in batch]),
+            self.batches.entries(batch, positions=self.objective.bound is not None),
+            ref_logp=torch.cat([self.referred[i] for i in batch]) if self.objective.needs_reference else None,
             behaviour_logp=self.batches.behaviour(batch),
             entropy=entropy,
         )
-        return terms.loss, {name: float(value) for name, value in terms.sums.items()}
+        values = torch.stack([value.double() for value in terms.sums.values()]).tolist()  # one wait for the device, not ten
+        return terms.loss, dict(zip(terms.sums, values, strict=True))
 
     @torch.no_grad()
     def _score(self, batches: Sequence[list[int]], into: list, model: Callable) -> None:
@@ -83,23 +83,22 @@ class PolicyLearner:
             if not is_filler(batch):
                 self._keep(into, batch, logp)
 
-    def _forward(self, batch: list[int], model: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [M] of the batch's scored tokens, sample after sample."""
+    def _forward(self, batch: list[int], model: Callable, entropy: str = "none") -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and, if asked for, entropies [M] of the batch's scored tokens, sample after sample."""
         packed = self.batches.packed(batch)
-        logp, entropy = model(
-            packed.input_ids, packed.position_ids, packed.plan(), packed.index, packed.targets, self.temperature
-        )
+        inputs = (packed.input_ids, packed.position_ids, packed.plan(), packed.index, packed.targets)
+        logp, spread = model(*inputs, self.temperature, entropy)
         order = packed.slot.argsort()
-        return logp[order], entropy[order]
+        return logp[order], None if spread is None else spread[order]
 
     def _keep(self, into: list, batch: list[int], logp: torch.Tensor) -> None:
         sizes = [self.batches.samples[i].num_scored for i in batch]
-        for index, values in zip(batch, logp.detach().float().cpu().split(sizes), strict=True):
+        for index, values in zip(batch, logp.detach().float().split(sizes), strict=True):
             into[index] = values.clone()
 
     def _parity(self) -> dict[str, np.ndarray]:
         known = [
-            (~np.isnan(s.rollout_logp), old.numpy(), s)
+            (~np.isnan(s.rollout_logp), old.cpu().numpy(), s)
             for s, old in zip(self.batches.samples, self.old, strict=True)
             if old is not None
         ]
@@ -118,7 +117,8 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _move_reference(self) -> None:
-        """The lagged copy takes up a share of the policy every `kl_lag` steps (TR-DPO, arXiv 2404.09656)."""
+        """The lagged copy takes up a share of the policy every `kl_lag` steps (TR-DPO, arXiv 2404.09656). Of a LoRA run A and B
+        move each for itself, so that their product is not the mean of the two products."""
         algo = self.objective.algo
         if self.reference is None or algo.kl_reference != "lagged" or self.steps_done % algo.kl_lag:
             return

@@ -107,14 +107,16 @@ def make_samples(
     rollout = np.full(rows.num_scored, np.nan, np.float32)
     if replays:
         rollout = np.broadcast_to(trajectory.at_commit("logp"), rows.scored.shape)[rows.scored]
-    row_of_entry = np.nonzero(rows.scored)[0]
-    samples = []
+    starts = np.concatenate([[0], rows.scored.sum(1).cumsum()])  # entries are row-major, so a part's lie together
+    samples, alone = [], units.plain
     for part in _parts(rows, units, bool(trajectory.block_size)):
-        entries = (row_of_entry >= part.start) & (row_of_entry < part.stop)
-        if not entries.any():
+        entries = slice(starts[part.start], starts[part.stop])
+        if entries.start == entries.stop:
             continue
-        chosen, unit = np.unique(units.entry[entries], return_inverse=True)
-        plain = len(chosen) == len(unit) and bool((units.coefficient[entries] == 1).all())
+        chosen, unit, plain = entries, None, alone
+        if not alone:
+            chosen, unit = np.unique(units.entry[entries], return_inverse=True)
+            plain = len(chosen) == len(unit) and bool((units.coefficient[entries] == 1).all())
         samples.append(
             Sample(
                 prompt_ids=trajectory.prompt_ids,

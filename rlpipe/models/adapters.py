@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -63,26 +64,34 @@ def without_adapters(lm: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted[id(parameter)])
 
 
-def merged_parameters(lm: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
-    """(name in the plain model, the parameters it is made of): a weight alone, or base, A and B of an adapted layer."""
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One tensor of the plain model. parts: a parameter alone, or base, A and B of an adapted layer · scaling: of B A."""
+
+    name: str
+    parts: tuple[nn.Parameter, ...]
+    scaling: float = 0.0
+
+    @torch.no_grad()
+    def tensor(self) -> torch.Tensor:
+        """base + scaling · B A; the parts must be whole."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        base, down, up = self.parts
+        return base + self.scaling * (up @ down).to(base.dtype)
+
+
+def merged_parameters(lm: nn.Module) -> list[Merged]:
+    """The plain model's tensors, in the order of its parameters."""
     modules = dict(lm.named_modules())
     merged = []
     for name, parameter in lm.named_parameters():
         if ".lora_" in name:
             continue
-        parts = [parameter]
-        if f"{BASE}.weight" in name:
-            layer = modules[name.split(BASE)[0]]
-            parts += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        merged.append((name.replace(BASE, ""), parts))
+        if f"{BASE}.weight" not in name:
+            merged.append(Merged(name.replace(BASE, ""), (parameter,)))
+            continue
+        layer = modules[name.split(BASE)[0]]
+        parts = (parameter, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        merged.append(Merged(name.replace(BASE, ""), parts, layer.scaling["default"]))
     return merged
-
-
-@torch.no_grad()
-def merge(lm: nn.Module, name: str, parts: list[nn.Parameter]) -> torch.Tensor:
-    """The plain model's tensor: base + scaling · B A."""
-    if len(parts) == 1:
-        return parts[0]
-    base, down, up = parts
-    layer = dict(lm.named_modules())[name.removesuffix(".weight")]
-    return base + layer.scaling["default"] * (up @ down).to(base.dtype)

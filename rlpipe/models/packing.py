@@ -147,7 +147,10 @@ def pack(pieces: Sequence[Piece], slots: Sequence[np.ndarray], groups: Sequence[
     """One flat batch. slots: for each piece the caller's index of each of its scored tokens. groups: pieces of one group have
     the same prompt and share its tokens; None: nobody shares."""
     groups = list(range(len(pieces))) if groups is None else list(groups)
-    order = sorted(range(len(pieces)), key=lambda i: groups.index(groups[i]))
+    first: dict[Hashable, int] = {}
+    for i, group in enumerate(groups):
+        first.setdefault(group, i)
+    order = sorted(range(len(pieces)), key=lambda i: first[groups[i]])
     layout = _Layout()
     starts = [0] * len(pieces)
     for place, i in enumerate(order):

@@ -46,23 +46,27 @@ class DiffusionLM(nn.Module):
         index: torch.Tensor,
         targets: torch.Tensor,
         temperature: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        entropy: str = "none",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Score `targets` int64 [M] at flat positions `index` int64 [M] of the [N, T] input.
 
-        Returns float32 log-probabilities [M] at the temperature, and entropies [M] (nats, no gradient).
+        Returns float32 log-probabilities [M] at the temperature, and entropies [M] in nats if `entropy` is 'value' (without
+        gradient) or 'grad' (with), None if it is 'none'.
         """
         hidden = self.hidden(input_ids, position_ids, plan).flatten(0, 1)[index]
         parts = []
         for start in range(0, max(len(index), 1), HEAD_CHUNK):
             rows, wanted = hidden[start : start + HEAD_CHUNK], targets[start : start + HEAD_CHUNK]
             if torch.is_grad_enabled() and len(index) > HEAD_CHUNK:
-                parts.append(checkpoint(self._score, rows, wanted, temperature, use_reentrant=False))
+                parts.append(checkpoint(self._score, rows, wanted, temperature, entropy, use_reentrant=False))
             else:
-                parts.append(self._score(rows, wanted, temperature))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+                parts.append(self._score(rows, wanted, temperature, entropy))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy != "none" else None
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: str):
         logp = torch.log_softmax(self.logits(hidden) / temperature, dim=-1)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp.clamp_min(-1e30)).sum(-1)  # 0 · (-inf) counts as 0
-        return logp.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
+        chosen = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
+        if entropy == "none":
+            return chosen, None
+        with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
+            return chosen, -(logp.exp() * logp.clamp_min(-1e30)).sum(-1)  # 0 · (-inf) counts as 0

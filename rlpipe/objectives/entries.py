@@ -13,8 +13,8 @@ class Entries:
 
     unit int64[M]: the unit that each entry joins, or None: each is its own unit, with coefficient 1 · coefficient float32[M] of
     each in its unit's sum, or None for 1 · advantage, policy_weight, kl_weight float32[U] (reducer weights; their sums over an
-    update are its loss) · row, position int64[M]: ids of the row and of the response position, unique over the micro-batch, for
-    joins that are not sums.
+    update are its loss) · position int64[M]: id of the response position, unique over the micro-batch, for joins that are not
+    sums; else None.
     """
 
     unit: torch.Tensor | None
@@ -22,8 +22,7 @@ class Entries:
     advantage: torch.Tensor
     policy_weight: torch.Tensor
     kl_weight: torch.Tensor
-    row: torch.Tensor
-    position: torch.Tensor
+    position: torch.Tensor | None = None
 
     def join(self, logp: torch.Tensor) -> torch.Tensor:
         """logp [M] → Σ coefficient · logp of each unit [U], in float32 at least. NaN in any entry makes its unit NaN."""
