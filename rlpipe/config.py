@@ -12,9 +12,13 @@ from typing import Any
 
 @dataclass
 class ModelConfig:
-    path: str = "tiny:block"  # HF folder, or tiny:block | tiny:full, made on the spot with a character tokenizer
+    path: str = "tiny:block"  # a folder, a hub id OWNER/NAME, or tiny:block | tiny:full, made here with a character tokenizer
+    revision: str = ""  # of a hub id: branch, tag or commit; empty: its main branch
+    family: str = ""  # empty: by its config.json; or a name from rlpipe.models.families, or file.py:NAME
     dtype: str = "float32"  # float32 | bfloat16; bfloat16 is 50 to 90 times slower than float32 on most CPUs
-    block_size: int = 0  # 0: what the model's diffusion spec says
+    block_size: int = 0  # 0: what the model says; another one changes the grid, and the model has to adapt to it
+    attention: str = ""  # empty: what the model says | block: a full-attention model gets the grid of block_size | full
+    mask_token_id: int = -1  # -1: what the model says
     layers: int = 4  # of a tiny model, as the next three
     width: int = 64
     heads: int = 4
@@ -31,12 +35,32 @@ class WarmStartConfig:
 
 
 @dataclass
+class SftConfig:
+    """Supervised training: `python -m rlpipe.sft`; steps, learner, data, model and checkpoint count as in RL."""
+
+    objective: str = "random_mask"  # random_mask | block | trace | certainty: see rlpipe.objectives.supervised
+    options: dict[str, Any] = field(default_factory=dict)  # numbers of its rows, e.g. {draws: 2}, {size: 16}, {shrink: 2}
+    batch_size: int = 32  # responses of an optimizer update
+    epochs: int = 0  # passes over the data, instead of `steps`; 0: `steps` counts
+    trajectories: str = ""  # recorded responses instead of demonstrations: .npz, .jsonl, or a folder of them
+    held_out: int = 64  # examples that are never trained on; their loss is taken every eval.every steps
+
+
+@dataclass
 class DataConfig:
-    task: str = "sudoku"  # sudoku | countdown | reasoning_gym:NAME | jsonl
-    train: str = ""  # jsonl file (task=jsonl)
-    test: str = ""  # held-out jsonl file
-    options: dict[str, Any] = field(default_factory=dict)  # of the task, e.g. {careless: 0.55} for sudoku
-    template: str = "{prompt}"  # how a prompt is put to the model; {prompt} is the task's text
+    task: str = "sudoku"  # sudoku | countdown | reasoning_gym:NAME+NAME | records (jsonl) | a benchmark: gsm8k, humaneval, …
+    train: str = ""  # records: a file, a folder or a hub id (OWNER/NAME,subset=…,split=…); empty: the benchmark's own
+    test: str = ""  # held out, likewise; held_out: an eighth of data.train by content
+    options: dict[str, Any] = field(default_factory=dict)  # of the task, e.g. {careless: 0.55}; of records: names of fields
+    template: str = ""  # text with {prompt}, or a named one: chat, boxed, sdar:boxed, …; empty: the task's own
+    format: str = "auto"  # what the fields of records are: auto | rlpipe | dllm_rl | verl | gsm8k | … or your own file.py:NAME
+    bad_records: str = "refuse"  # refuse: the first ends the start | skip: counted and listed, in the log and the run's folder
+    max_prompt_chars: int = 0  # records whose prompt, as the model reads it, is longer are left out and counted; 0: none
+    max_prompt_tokens: int = 0  # likewise, by the model's tokenizer
+    mixture: list[dict[str, Any]] = field(default_factory=list)  # parts such as {task: gsm8k, weight: 2}, instead of task
+    pass_rates: str = ""  # pass_rates.jsonl of an earlier run, or its folder, for the next two
+    difficulty: list[float] = field(default_factory=lambda: [0.0, 1.0])  # measured pass rates of the records to train on
+    curriculum: str = "none"  # none: shuffled | easy_to_hard | target: nearest to the middle of difficulty first
 
 
 @dataclass
@@ -80,7 +104,10 @@ class RolloutConfig:
 
 @dataclass
 class VerifierConfig:
-    name: str = ""  # empty: the task's own; or module:function, or file.py:function
+    name: str = ""  # empty: the task's own; or module:function, or file.py:function; a prompt's own verifier wins
+    parts: dict[str, float] = field(default_factory=dict)  # verifier: weight in the reward; the first says what is correct
+    options: dict[str, Any] = field(default_factory=dict)  # of verifiers, e.g. {extract: boxed} or {format: {pattern: boxed}}
+    sandbox: str = "auto"  # of programs: auto | strict (refuse a weak one) | weak; see rlpipe.sandbox
     workers: int = 2
     cpus: float = 0.1
     batch_size: int = 64  # responses per call
@@ -119,6 +146,8 @@ class AlgoConfig:
     accuracy_low: float = 0.0  # a group has signal if its mean reward lies strictly inside (low, high) …
     accuracy_high: float = 1.0  # … or, for rewards that are not 0/1, if they differ
     refill_rounds: int = 2
+    overlong: str = "score"  # responses that end without EOS: score as any | zero | drop from the loss | soft penalty
+    overlong_buffer: int = 0  # of soft: the last tokens of the budget, over which the reward falls by 1; 0: a quarter of it
 
 
 @dataclass
@@ -130,6 +159,7 @@ class LearnerConfig:
     lr: float = 1e-6
     lr_schedule: str = "constant"  # constant | linear | cosine over `steps`
     lr_warmup: int = 0  # optimizer updates
+    lr_floor: float = 0.0  # share of lr at which linear and cosine end
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -173,6 +203,7 @@ class EvalConfig:
     samples: int = 1  # to a prompt; with more than one the majority's answer is scored too
     hex: list[int] = field(default_factory=list)  # block lengths to sample under and vote over (full attention); empty: off
     decoder: dict[str, Any] = field(default_factory=lambda: {"select": "threshold"})  # besides the rollout's own: changes to it
+    # a `preset` among them replaces all earlier ones, the default too
 
 
 @dataclass
@@ -209,6 +240,7 @@ class RunConfig:
     description: str = ""  # what the recipe is and what it was fed; printed at the start
     model: ModelConfig = field(default_factory=ModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)

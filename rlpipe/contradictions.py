@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpipe.config import DecoderConfig, RunConfig
 from rlpipe.decoder_presets import preset_settings
-from rlpipe.errors import ConfigError, ModelError
+from rlpipe.errors import ConfigError
+from rlpipe.model_shapes import PUBLISHED, block_of, declared
 from rlpipe.objective_presets import WITHOUT_STEP_MAP, algo_settings
 from rlpipe.schema import flat, keys
 
 TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
+CONVERT, CONVERTED_BLOCK_SIZE = "convert:", 4  # model.path=convert:SOURCE, a causal LM made a block diffusion LM
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("", "block", "full"),
     "rollout.decoder.schedule": ("tokens", "even", "dream", "doubling", "linear", "cosine", "pow", "log", "exp"),
     "rollout.decoder.select": (
         "static", "threshold", "factor", "entropy_bounded", "local_leap", "hierarchical", "block_adaptive", "bernoulli",
@@ -37,27 +38,32 @@ CHOICES = {
     "algo.score_by": ("confidence", "forced"),
     "algo.normalizer": (
         "response_length", "row_mean", "step_mean", "step_sum", "sequence_mean", "response_sum", "token_mean", "length_mean",
-        "constant",
+        "weight_mean", "constant",
     ),
     "algo.kl_normalizer": (
         "", "response_length", "row_mean", "step_mean", "step_sum", "sequence_mean", "response_sum", "token_mean",
-        "length_mean", "constant", "row_sum", "length_sum",
+        "length_mean", "weight_mean", "constant", "row_sum", "length_sum",
     ),
     "algo.groups": ("keep", "drop", "refill"),
+    "algo.overlong": ("score", "zero", "drop", "soft"),
+    "data.bad_records": ("refuse", "skip"),
+    "data.curriculum": ("none", "easy_to_hard", "target"),
+    "verifier.sandbox": ("auto", "strict", "weak"),
     "learner.lr_schedule": ("constant", "linear", "cosine"),
+    "sft.objective": ("random_mask", "block", "trace", "certainty"),
     "monitor.wandb": ("auto", "online", "offline", "disabled"),
 }  # fmt: skip
 ABOVE_ZERO = (
     "model.layers", "model.width", "model.heads", "model.mlp", "warm_start.batch_size", "warm_start.lr", "steps",
-    "rollout.workers", "rollout.threads", "rollout.batch_size", "rollout.timeout_s", "rollout.decoder.max_tokens",
-    "rollout.decoder.tokens_per_step", "verifier.workers", "verifier.batch_size",
+    "sft.batch_size", "rollout.workers", "rollout.threads", "rollout.batch_size", "rollout.timeout_s",
+    "rollout.decoder.max_tokens", "rollout.decoder.tokens_per_step", "verifier.workers", "verifier.batch_size",
     "verifier.timeout_s", "algo.prompts_per_step", "algo.samples_per_prompt", "algo.shrink", "algo.updates_per_step",
     "algo.epochs", "algo.kl_lag", "algo.kl_mix", "algo.score_share",
     "algo.importance_cap", "learner.workers", "learner.threads", "learner.lr", "learner.eps", "learner.token_budget",
     "learner.bucket_mb", "learner.timeout_s", "value.lr", "value.clip", "eval.prompts", "eval.samples", "checkpoint.keep",
     "cluster.object_store_mb", "cluster.start_timeout_s",
 )  # fmt: skip
-MAY_BE_NEGATIVE = ("algo.accuracy_low", "algo.accuracy_high")  # rewards need not lie in [0, 1]
+MAY_BE_NEGATIVE = ("algo.accuracy_low", "algo.accuracy_high", "model.mask_token_id")  # rewards need not lie in [0, 1]
 AT_MOST = {
     "rollout.decoder.threshold": 1.0, "rollout.decoder.eos_gamma": 1.0,
     "verifier.max_failed_groups": 1.0, "algo.clip_low": 1.0, "algo.kl_mix": 1.0, "algo.random_share": 1.0,
@@ -68,15 +74,13 @@ AT_MOST = {
 
 def check(cfg: RunConfig) -> list[str]:
     """Warnings, or ConfigError for the first contradiction."""
-    values = flat(cfg)
-    _check_choices(values)
-    _check_bounds(values)
+    check_settings(flat(cfg))
     _check_names(cfg)
     algo_settings(cfg.algo.preset)  # refuses an unknown name
     _check_batch(cfg)
     _check_model(cfg)
     for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
-        _check_decoder(name, decoder, cfg)
+        check_decoder(name, decoder, block_size(cfg))
     if cfg.eval.hex and (block_size(cfg) or min(cfg.eval.hex) < 1):
         raise ConfigError(
             f"eval.hex={cfg.eval.hex}: block lengths of at least 1, for a model with full attention; a block model has one"
@@ -96,43 +100,52 @@ PIECES = ("schedule", "select", "score", "confidence", "fuse", "cache", "edit", 
 
 
 def decoder_of_eval(cfg: RunConfig) -> DecoderConfig:
-    """The second decoder of evaluations: the rollout's own with the changes of `eval.decoder`. Raises ConfigError for a
-    setting that decoders do not have, or of another type."""
+    """The second decoder of evaluations: the rollout's own with the changes of `eval.decoder`."""
+    return decoder_with(cfg.rollout.decoder, cfg.eval.decoder, "eval.decoder")
+
+
+def decoder_with(base: DecoderConfig, wanted: Mapping[str, Any], name: str) -> DecoderConfig:
+    """`base` with changes; if they name a preset, it replaces all but what stays the recipe's own. name: of the changes, for
+    messages. Raises ConfigError for a setting that decoders do not have, or of another type."""
     changes: dict[str, Any] = {}
-    known = {field.name: type(getattr(cfg.rollout.decoder, field.name)) for field in dataclasses.fields(DecoderConfig)}
-    for key, value in cfg.eval.decoder.items():
+    known = {field.name: type(getattr(base, field.name)) for field in dataclasses.fields(DecoderConfig)}
+    for key, value in wanted.items():
         if key not in known:
-            raise ConfigError(f"eval.decoder.{key}: a decoder has no such setting; did you mean {_nearest(key, [*known])}?")
-        wanted = known[key]
-        if wanted is float and type(value) is int:
+            raise ConfigError(f"{name}.{key}: a decoder has no such setting; did you mean {_nearest(key, [*known])}?")
+        kind = known[key]
+        if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not wanted:
-            raise ConfigError(f"eval.decoder.{key}={value!r}: expected {keys()[f'rollout.decoder.{key}']}")
+        if type(value) is not kind:
+            raise ConfigError(f"{name}.{key}={value!r}: expected {keys()[f'rollout.decoder.{key}']}")
         changes[key] = value
     if changes.get("preset"):
         named = preset_settings(changes["preset"])
         changes = named | changes | {"options": named["options"] | changes.get("options", {})}
-    elif any(changes[piece] != getattr(cfg.rollout.decoder, piece) for piece in PIECES if piece in changes):
+    elif any(changes[piece] != getattr(base, piece) for piece in PIECES if piece in changes):
         changes.setdefault("options", {})  # they are numbers of pieces, and these are others
-    decoder = dataclasses.replace(cfg.rollout.decoder, **changes)
+    decoder = dataclasses.replace(base, **changes)
     for key in PIECES:
-        _check_choice(f"eval.decoder.{key}", getattr(decoder, key), CHOICES[f"rollout.decoder.{key}"])
+        _check_choice(f"{name}.{key}", getattr(decoder, key), CHOICES[f"rollout.decoder.{key}"])
     return decoder
 
 
 def block_size(cfg: RunConfig) -> int | None:
-    """The model's attention block: 0 for full attention, None for a folder that does not say (yet)."""
+    """The model's attention block: 0 for full attention, None for a folder or hub id that does not say (yet)."""
     if cfg.model.path in TINY_BLOCK_SIZE:
         native = TINY_BLOCK_SIZE[cfg.model.path]
         return native and (cfg.model.block_size or native)
-    path = Path(cfg.model.path) / "config.json"
-    try:
-        diffusion = json.loads(path.read_text(encoding="utf8")).get("diffusion", {}) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    if diffusion.get("attention") == "full":
+    if cfg.model.path.startswith(CONVERT):
+        return cfg.model.block_size or CONVERTED_BLOCK_SIZE
+    model = cfg.model
+    if model.attention == "full":
         return 0
-    return cfg.model.block_size or diffusion.get("block_size")
+    said = declared(model.path, model.revision)
+    native = None if said is None else block_of(said)
+    if native is None and model.path in PUBLISHED:
+        native = PUBLISHED[model.path].block
+    if native == 0 and model.attention != "block":
+        return 0
+    return model.block_size or native
 
 
 def _nearest(value: Any, allowed: Sequence[str]) -> str:
@@ -145,24 +158,28 @@ def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{key}={value} is not one of {listed}; did you mean {_nearest(value, allowed)}?")
 
 
-def _check_choices(values: dict[str, Any]) -> None:
+def check_settings(values: Mapping[str, Any]) -> None:
+    """ConfigError unless every setting is one of its choices and inside its bounds. values: by dotted key; those of a run, or
+    the sections that another command shares with it."""
     for key, allowed in CHOICES.items():
-        _check_choice(key, values[key], allowed)
-
-
-def _check_bounds(values: dict[str, Any]) -> None:
-    """Every number is finite, and above 0 or at least 0 by the tables above."""
+        if key in values:
+            _check_choice(key, values[key], allowed)
     for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise ConfigError(f"{key}={value} is not a finite number: {keys()[key]}")
-        if key in ABOVE_ZERO and not value > 0:
-            raise ConfigError(f"{key}={value} must be greater than 0: {keys()[key]}")
-        if value < 0 and key not in MAY_BE_NEGATIVE:
-            raise ConfigError(f"{key}={value} must not be negative: {keys()[key]}")
-        if key in AT_MOST and value > AT_MOST[key]:
-            raise ConfigError(f"{key}={value} must be at most {AT_MOST[key]:g}: {keys()[key]}")
+        _check_bounds(key, value, key)
+
+
+def _check_bounds(shown: str, value: Any, key: str) -> None:
+    """A number is finite, and above 0 or at least 0 by the tables above. shown: what messages call it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{shown}={value} is not a finite number: {keys()[key]}")
+    if key in ABOVE_ZERO and not value > 0:
+        raise ConfigError(f"{shown}={value} must be greater than 0: {keys()[key]}")
+    if value < 0 and key not in MAY_BE_NEGATIVE:
+        raise ConfigError(f"{shown}={value} must not be negative: {keys()[key]}")
+    if key in AT_MOST and value > AT_MOST[key]:
+        raise ConfigError(f"{shown}={value} must be at most {AT_MOST[key]:g}: {keys()[key]}")
 
 
 def _check_names(cfg: RunConfig) -> None:
@@ -225,6 +242,17 @@ def _check_algo(cfg: RunConfig) -> None:
             f"rollout.decoder.cache={cfg.rollout.decoder.cache}: algo.preset=mdpo reads a prediction of every position at each "
             "step, and a cache leaves some out; use cache=none"
         )
+    stepwise = algo.preset == "mdpo" or (cfg.value.enabled and cfg.value.step_rewards)
+    if algo.overlong != "score" and stepwise:
+        raise ConfigError(
+            f"algo.overlong={algo.overlong} changes the reward of whole responses, and here every step's prediction has its "
+            "own (algo.preset=mdpo or value.step_rewards=true); leave it score, or take verifier.parts with length"
+        )
+    if algo.overlong_buffer > cfg.rollout.decoder.max_tokens:
+        raise ConfigError(
+            f"algo.overlong_buffer={algo.overlong_buffer} is more than rollout.decoder.max_tokens="
+            f"{cfg.rollout.decoder.max_tokens}, the whole budget"
+        )
     if edit == "none":
         return
     if algo.preset not in WITHOUT_STEP_MAP and ":" not in algo.preset:
@@ -249,10 +277,19 @@ def _check_model(cfg: RunConfig) -> None:
             f"even whole width, so use model.width={2 * model.heads * max(1, round(model.width / model.heads / 2))}"
         )
     if model.block_size and block_size(cfg) == 0:
-        raise ConfigError(f"model.block_size={model.block_size}, but {model.path} has full attention; leave it 0")
+        raise ConfigError(
+            f"model.block_size={model.block_size}, but {model.path} has full attention; leave it 0, or give the model a grid "
+            "with model.attention=block"
+        )
+    if model.attention and model.path in TINY_BLOCK_SIZE:
+        raise ConfigError(f"model.attention={model.attention}: {model.path} says it already; choose tiny:block or tiny:full")
+    if model.attention == "block" and not block_size(cfg):
+        raise ConfigError("model.attention=block gives this model a grid: say which with model.block_size, for example 4")
 
 
-def _check_decoder(name: str, decoder: DecoderConfig, cfg: RunConfig) -> None:
+def check_decoder(name: str, decoder: DecoderConfig, grid: int | None) -> None:
+    """ConfigError for numbers out of bounds, or of another grid than the model's. name: of the decoder, for messages ·
+    grid: the model's block, 0 for full attention, None if unknown."""
     if not 0 < decoder.threshold <= 1:
         raise ConfigError(f"{name}.threshold={decoder.threshold} is a probability: above 0, at most 1")
     if not 0 <= decoder.temperature < math.inf:
@@ -261,7 +298,8 @@ def _check_decoder(name: str, decoder: DecoderConfig, cfg: RunConfig) -> None:
         raise ConfigError(f"{name}: max_tokens and tokens_per_step must be at least 1, block_size at least 0")
     if not 0 < decoder.top_p <= 1 or decoder.top_k < 0:
         raise ConfigError(f"{name}: top_p must be above 0 and at most 1, top_k at least 0 (0: off)")
-    grid = block_size(cfg)
+    for key, value in dataclasses.asdict(decoder).items():
+        _check_bounds(f"{name}.{key}", value, f"rollout.decoder.{key}")
     if grid and decoder.block_size not in (0, grid):
         raise ConfigError(
             f"{name}.block_size={decoder.block_size}, but the model attends in blocks of {grid}; leave it 0, or set "
@@ -300,12 +338,20 @@ def _check_value(cfg: RunConfig) -> None:
 
 def _check_data(cfg: RunConfig) -> None:
     data = cfg.data
-    if data.task == "jsonl" and not (data.train and data.test):
-        raise ConfigError("data.task=jsonl needs data.train=FILE and data.test=FILE")
-    if data.task != "jsonl" and (data.train or data.test):
-        raise ConfigError(f"data.train and data.test are read by data.task=jsonl only, and data.task is {data.task}")
-    if "{prompt}" not in data.template:
-        raise ConfigError(f"data.template={data.template!r} has no {{prompt}} in it, so the model would not see the task")
+    if data.mixture:
+        given = [name for name in ("train", "test", "options") if getattr(data, name)]
+        if given:
+            raise ConfigError(f"data.{given[0]} and data.mixture: a mixture has it in its parts, as {{task: …, {given[0]}: …}}")
+        if cfg.verifier.name:
+            raise ConfigError(
+                f"verifier.name={cfg.verifier.name} and data.mixture: each part has its own verifier; name another one "
+                "there, as {task: …, verifier: …}"
+            )
+    elif data.task in ("jsonl", "records"):
+        if not (data.train and data.test):
+            raise ConfigError(f"data.task={data.task} needs data.train=FILE and data.test=FILE (or data.test=held_out)")
+    elif (data.train or data.test) and (data.task in ("sudoku", "countdown") or ":" in data.task):
+        raise ConfigError(f"data.train and data.test are read by data.task=jsonl or records, and data.task is {data.task}")
 
 
 def _warnings(cfg: RunConfig) -> list[str]:

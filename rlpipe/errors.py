@@ -39,6 +39,10 @@ class VerifierFailed(RlpipeError):
     """Scoring failed for a group, after retries. Never recorded as a reward of 0."""
 
 
+class SandboxError(RlpipeError):
+    """Programs cannot be confined here, or the machinery that does it broke; never the fault of the program in it."""
+
+
 class NoStepMap(RlpipeError):
     """A step map was asked of a trajectory whose tokens changed after their commit."""
 

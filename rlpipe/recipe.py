@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,32 +45,36 @@ class _Layer:
         return f"{self.source}:{self.lines[key]}" if key else self.source
 
 
-def load(arguments: list[str]) -> RunConfig:
-    """`recipe=NAME|path.yaml key=value …` → RunConfig; the last of several values for a key counts.
+def load(arguments: Sequence[str], start: Any = None, root: type = RunConfig) -> Any:
+    """`recipe=NAME|path.yaml key=value …` → an instance of `root`; the last of several values for a key counts.
 
-    A recipe may name a `base` recipe, which is merged first. Raises ConfigError: unknown recipe or key (with the
-    nearest one and, in a file, the line), wrong type, malformed override, bases in a circle.
+    A recipe may name a `base` recipe, which is merged first. start: an instance of `root` that lies under everything; with
+    one a recipe need not be named. Raises ConfigError: unknown recipe or key (with the nearest one and, in a file, the
+    line), wrong type, malformed override, bases in a circle.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = dict(_split(argument) for argument in arguments)
-    if "recipe" not in overrides:
+    overrides, path = dict(split(argument) for argument in arguments), None
+    if "recipe" in overrides:
+        path = _find(overrides.pop("recipe"), Path())
+    elif start is None:
         raise ConfigError(f"say which recipe: recipe=NAME or recipe=path.yaml. Known: {', '.join(sorted(_known()))}")
-    path = _find(overrides.pop("recipe"), Path())
-    layers = [*_layers(path, ()), *(_override(key, value) for key, value in overrides.items())]
-    merged = OmegaConf.structured(RunConfig)
-    for layer in layers:
-        merged = _merge(merged, layer)
+    layers = _layers(path, ()) if path else []
+    merged = OmegaConf.structured(root if start is None else start)
+    for layer in [*layers, *(_override(key, value, root) for key, value in overrides.items())]:
+        merged = _merge(merged, layer, root)
     try:
         cfg = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
-    cfg.name = cfg.name or path.stem
+    if path and "name" in schema.keys(root):
+        cfg.name = cfg.name or path.stem
     return cfg
 
 
-def _split(argument: str) -> tuple[str, str]:
+def split(argument: str) -> tuple[str, str]:
+    """(key, value) of one override. Raises ConfigError unless it is key=value."""
     key, equals, value = argument.partition("=")
     if not equals or not key or key != key.strip():
         raise ConfigError(f"'{argument}' is not key=value; write for example recipe=quickstart learner.lr=1e-4")
@@ -147,12 +151,12 @@ def _read(path: Path) -> _Layer:
     return _Layer(str(path), tree, lines)
 
 
-def _override(key: str, value: str) -> _Layer:
+def _override(key: str, value: str, root: type) -> _Layer:
     """One override. A text is taken as it stands unless it is quoted: `1e5`, `yes` or nothing mean themselves."""
     import yaml
     from omegaconf import OmegaConf
 
-    known = schema.keys().get(key)
+    known = schema.keys(root).get(key)
     if known is not None and known.type == "str" and value[:1] not in ("'", '"'):
         tree = OmegaConf.create({})
         OmegaConf.update(tree, key, value)
@@ -163,21 +167,25 @@ def _override(key: str, value: str) -> _Layer:
         raise ConfigError(f"command line: {key}={value}: the value is not YAML: {error}") from error
 
 
-def _merge(cfg: Any, layer: _Layer) -> Any:
+def _merge(cfg: Any, layer: _Layer, root: type) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    said = flatten(OmegaConf.to_container(layer.tree))
+    said = flatten(OmegaConf.to_container(layer.tree), root=root)
     for key, value in said.items():
-        if not schema.is_known(key):
-            raise ConfigError(f"{layer.place(key)}: there is no key {key}{schema.suggestion(key)} (help=true lists all)")
-        if key in schema.sections() and value is not None and not isinstance(value, Mapping):
-            inside = ", ".join(name for name in schema.keys() if name.startswith(f"{key}."))
+        if not schema.is_known(key, root):
+            raise ConfigError(f"{layer.place(key)}: there is no key {key}{schema.suggestion(key, root)} (help=true lists all)")
+        if key in schema.sections(root) and value is not None and not isinstance(value, Mapping):
+            inside = ", ".join(name for name in schema.keys(root) if name.startswith(f"{key}."))
             raise ConfigError(f"{layer.place(key)}: {key}={value}: {key} is a section; its keys are {inside}")
-    for key in [key for key, value in said.items() if value is None and key in schema.sections()]:
+    for key in [key for key, value in said.items() if value is None and key in schema.sections(root)]:
         OmegaConf.update(layer.tree, key, {})  # a section with every line commented out
-    if said.get("data.task", cfg.data.task) != cfg.data.task:  # options belong to a task: another one's would be refused
+    other_task = "data.task" in said and said["data.task"] != cfg.data.task
+    if other_task or said.get("data.mixture"):  # options belong to a task: another one's would be refused
         OmegaConf.update(cfg, "data.options", {}, merge=False)
+    other = said.get("eval.decoder")
+    if isinstance(other, Mapping) and other.get("preset"):  # a named decoder is whole: nothing of an earlier layer stays
+        OmegaConf.update(cfg, "eval.decoder", {}, merge=False)
     for section, settings_of in (("rollout.decoder", preset_settings), ("algo", algo_settings)):
         if said.get(f"{section}.preset"):
             _expand_preset(cfg, layer, section, settings_of)
@@ -185,7 +193,7 @@ def _merge(cfg: Any, layer: _Layer) -> Any:
         return OmegaConf.merge(cfg, layer.tree)
     except OmegaConfBaseException as error:
         key = (error.full_key or "").partition("[")[0]
-        about = schema.keys().get(key)
+        about = schema.keys(root).get(key)
         expected = f"expected {about}" if about else str(error).splitlines()[0]
         value = said.get(key)
         raise ConfigError(f"{layer.place(key)}: {key}={value!r} ({type(value).__name__}): {expected}") from error

@@ -29,7 +29,10 @@ class Prompt:
     """One question. Example: `Prompt(uid="sudoku/train/0/17", task="sudoku", text="12_4…", answer={"clues": "12_4…"})`.
 
     `uid` is unique in a run (it names source, pass and index). `answer` is whatever the verifier of `task` needs; it must
-    survive JSON. `demonstration` is a reference response for supervised warm starts, if the source has one.
+    survive JSON. `demonstration` is a reference response for supervised training, if the source has one. `verifier` judges the
+    responses; empty: the run's own. `block_size`: it is decoded in blocks of this many tokens, 0 for what the decoder says.
+    `context`: turns of a conversation before the text, (role, content) each, until a template has put them into it. `record`
+    names what it is one pass over, the same in every pass and run; empty if that is the uid.
     """
 
     uid: str
@@ -37,6 +40,10 @@ class Prompt:
     text: str
     answer: dict[str, Any] = field(default_factory=dict)
     demonstration: str | None = None
+    verifier: str = ""
+    block_size: int = 0
+    context: tuple[tuple[str, str], ...] = ()
+    record: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

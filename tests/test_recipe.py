@@ -19,8 +19,9 @@ VARIANTS = ("full", "countdown", "value", "mdpo", "cj_grpo", "coupled")
 RUNNABLE = ["quickstart", *(f"quickstart_{name}" for name in VARIANTS)]
 PUBLISHED = [
     "tracerl_math", "tracerl_math_value", "tracerl_code", "tracerl_llada_math", "mdpo_math", "mdpo_countdown",
-    "cj_grpo_sudoku", "cj_grpo_math", "coupled_grpo_code", "just_grpo_gsm8k", "espo_countdown",
+    "cj_grpo_sudoku", "cj_grpo_math", "coupled_grpo_code", "just_grpo_gsm8k", "espo_countdown", "tracerl_sdar_1.7b",
 ]  # fmt: skip
+PRETRAINED = ["sft_smollm2_block", "tracerl_smollm2"]  # from real weights, on two CPU cores
 
 
 def load(*overrides: str) -> RunConfig:
@@ -40,7 +41,7 @@ def refused(arguments: list[str]) -> str:
 
 
 def test_the_shipped_recipes_are_the_promised_ones():
-    assert SHIPPED == sorted(RUNNABLE + PUBLISHED)
+    assert SHIPPED == sorted(RUNNABLE + PUBLISHED + PRETRAINED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -158,7 +159,7 @@ def test_without_a_recipe_the_known_ones_are_listed():
         ("value.enabled=true algo.preset=wd1", ["value.enabled=true", "algo.preset=wd1", "tracerl"]),
         ("data.task=jsonl", ["data.train=FILE"]),
         ("data.train=mine.jsonl", ["data.task=jsonl"]),
-        ("data.template=x", ["{prompt}"]),
+        ("data.curriculum=hard", ["did you mean easy_to_hard"]),
         ("algo.preset=random_mask algo.shrink=2", ["algo.shrink=2"]),
         ("value.enabled=true algo.ratio=sequence", ["algo.ratio=sequence", "algo.ratio=token"]),
         ("algo.clip_dual=1.1", ["algo.clip_dual=1.1", "1 + algo.clip_high=1.2"]),

@@ -13,18 +13,20 @@ from rlpipe import schema
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rlpipe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CONFIG_LEAVES = 130  # every new one is a decision
+CONFIG_LEAVES = 154  # every new one is a decision
 FLOORS = (  # imports go down only; units of one floor do not import each other
     {"errors"},
-    {"trajectory", "config", "voting", "user_code"},
+    {"trajectory", "config", "voting", "user_code", "sandbox", "model_shapes"},
     {"cluster", "schema", "decoder_presets", "objective_presets"},
     {"actor_pool", "contradictions"},
     {"models"},
     {"sampling", "objectives", "verifiers", "data"},
-    {"rollout", "learner", "monitor", "sft", "parity", "checkpoint", "recipe"},
+    {"rollout", "learner", "monitor", "warm_start", "parity", "checkpoint", "recipe"},
     {"collection", "evaluation", "plan"},
     {"driver"},
     {"run"},
+    {"eval"},
+    {"sft"},
     {"bench"},
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
