@@ -1,8 +1,9 @@
 """The sampler's forward: the stock model's arithmetic on the stock model's weights, in fewer and larger operations.
 
 A step of a small or a well-fed model spends much of its time between the matrix products: a stock layer is some seventy
-operations. Here queries, keys and values are one product, gate and up projection another, norms are fused. The learner keeps
-the stock code; a test per architecture, and the parity gauge at every training step, hold the two together.
+operations. Here queries, keys and values are one product, gate and up projection another, norms are fused; a mixture of
+experts is left to the stock module. The learner keeps the stock code; a test per architecture, and the parity gauge at every
+training step, hold the two together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch.nn import functional
 
 from rlpipe.models.attention import AttentionPlan
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = (
+    "Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM",
+)  # fmt: skip
 
 
 class Executor:
@@ -57,8 +60,8 @@ class _Layer:
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.gate_up = _joined((mlp.gate_proj, mlp.up_proj))
-        self.out, self.down = attention.o_proj, mlp.down_proj
+        self.out = attention.o_proj
+        self.mlp = _DenseMLP(mlp) if hasattr(mlp, "gate_proj") else mlp
         self.queries = attention.q_proj.out_features
         self.heads = self.queries // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
@@ -92,8 +95,7 @@ class _Layer:
 
     def _finish(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         x = x + functional.linear(seen.flatten(2), self.out.weight, self.out.bias)
-        gate, up = functional.linear(_norm(self.between, x), *self.gate_up).chunk(2, -1)
-        return x + functional.linear(functional.silu(gate) * up, self.down.weight, self.down.bias)
+        return x + self.mlp(_norm(self.between, x))
 
     def _norm_heads(self, query_key: torch.Tensor) -> torch.Tensor:
         """Queries and keys [1, T, heads, head_dim] normed together: only the weights differ."""
@@ -101,10 +103,21 @@ class _Layer:
         return weight * _rms(query_key, self.q_norm.variance_epsilon)
 
 
+class _DenseMLP:
+    def __init__(self, mlp: nn.Module):
+        self.gate_up, self.down = _joined((mlp.gate_proj, mlp.up_proj)), mlp.down_proj
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = functional.linear(x, *self.gate_up).chunk(2, -1)
+        return functional.linear(functional.silu(gate) * up, self.down.weight, self.down.bias)
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [1, T, heads, head_dim]; the sign of the rotation is in sin."""
-    left, right = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([right, left], -1), sin)
+    """Rotary embedding of x [1, T, heads, head_dim], of as many of head_dim as cos has; the rotation's sign is in sin."""
+    turned = x[..., : cos.shape[-1]]
+    left, right = turned.chunk(2, -1)
+    turned = torch.addcmul(turned * cos, torch.cat([right, left], -1), sin)
+    return turned if turned.shape == x.shape else torch.cat([turned, x[..., cos.shape[-1] :]], -1)
 
 
 def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
