@@ -3,62 +3,65 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from rlpipe.cluster import Role, ledger
 from rlpipe.config import AlgoConfig, RunConfig
 from rlpipe.contradictions import TINY_BLOCK_SIZE, block_size
+from rlpipe.data.description import describe_source, missing_data
+from rlpipe.errors import ModelError
+from rlpipe.model_shapes import PUBLISHED, Shape, block_of, declared, is_hub_id, local_folder, shape_of
+from rlpipe.models.checkpoint_files import WeightFiles
+from rlpipe.models.memory import GPUS_GB, ROOM, Part, adapter_parameters, learner_parts, rollout_parts, size, table
 from rlpipe.recipe import to_yaml
 from rlpipe.verifiers.registry import BUILT_IN
 
 PROCESS_GB = 0.5  # Python with torch and Ray, before any weights
 VERIFIER_GB = 0.1
 BYTES = {"float32": 4, "bfloat16": 2}
+PROMPT_TOKENS = 512  # of a prompt, where no limit says
+TINY_VOCABULARY = 60  # a character tokenizer has some tens of tokens
+
+
+def shape(cfg: RunConfig) -> Shape | None:
+    """Of the policy: a tiny model's dimensions, a config.json that is here, or what is known of a published model; None if
+    nothing says it."""
+    model = cfg.model
+    if model.path in TINY_BLOCK_SIZE:
+        heads = {"heads": model.heads, "kv_heads": model.heads, "head_dim": model.width // model.heads}
+        return Shape(layers=model.layers, width=model.width, mlp=model.mlp, vocabulary=TINY_VOCABULARY, **heads)
+    config = declared(model.path, model.revision)
+    if config is not None:
+        return shape_of(config)
+    return PUBLISHED[model.path].shape if model.path in PUBLISHED else None
 
 
 def parameter_count(cfg: RunConfig) -> int | None:
-    """Parameters of the policy, from a tiny model's dimensions or a folder's config.json; None if unknown."""
-    model = cfg.model
-    if model.path.startswith("tiny:"):
-        return _transformer(model.layers, model.width, model.mlp, model.width, model.width, 60, tied=False)
-    path = Path(model.path) / "config.json"
-    if not path.is_file():
-        return None
-    c = json.loads(path.read_text(encoding="utf8"))
-    try:
-        head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        queries = head * c["num_attention_heads"]
-        keys = head * c.get("num_key_value_heads", c["num_attention_heads"])
-        shape = (c["num_hidden_layers"], c["hidden_size"], c["intermediate_size"], queries, keys, c["vocab_size"])
-    except KeyError:
-        return None
-    return _transformer(*shape, tied=c.get("tie_word_embeddings", False))
-
-
-def _transformer(layers: int, width: int, mlp: int, queries: int, keys: int, vocabulary: int, tied: bool) -> int:
-    attention = 2 * width * queries + 2 * width * keys
-    return layers * (attention + 3 * width * mlp + 2 * width) + (1 if tied else 2) * vocabulary * width + width
+    """Parameters of the policy, from the headers of its weights or from its shape; None if unknown."""
+    folder = local_folder(cfg.model.path, cfg.model.revision)
+    if folder is not None:
+        try:
+            return WeightFiles(folder).parameters
+        except ModelError:  # not all of them are here; `needs` says so
+            pass
+    known = shape(cfg)
+    return None if known is None else known.parameters
 
 
 def roles(cfg: RunConfig) -> list[Role]:
     """Workers by role, with an estimate of memory each; activations and caches come on top.
 
-    N parameters of b bytes: a rollout worker holds N·b; a learner rank N·b of weights, N·b of gradients and 8 N of Adam
-    moments (12 N with the float32 master of bfloat16), divided over ranks from ZeRO 3, 2 and 1 on.
+    A rollout worker holds the weights, a learner rank weights, gradients and optimizer: see `rlpipe.models.memory`.
     """
-    count, ranks, stage = parameter_count(cfg), cfg.learner.workers, cfg.learner.zero_stage
-    weight = BYTES[cfg.model.dtype]
+    count, ranks = parameter_count(cfg), cfg.learner.workers
     rollout_gb = learner_gb = 0.0
     if count is not None:
-        master = 0 if weight == 4 else 4
-        optimizer = (8 + master) / (ranks if stage >= 1 else 1)
-        gradient = weight / (ranks if stage >= 2 else 1)
-        held = weight / (ranks if stage >= 3 else 1)
-        rollout_gb = PROCESS_GB + count * weight / 2**30
-        learner_gb = PROCESS_GB + count * (held + gradient + optimizer) / 2**30
+        rollout_gb = PROCESS_GB + count * BYTES[cfg.model.dtype] / 2**30
+        held = learner_parts(None, count, BYTES[cfg.model.dtype], **_learner_settings(cfg))
+        learner_gb = PROCESS_GB + sum(part.nbytes for part in held) / 2**30
     found = [
         Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus, rollout_gb),
         Role("verifier", cfg.verifier.workers, cfg.verifier.cpus, 0.0, VERIFIER_GB),
@@ -67,6 +70,43 @@ def roles(cfg: RunConfig) -> list[Role]:
     if cfg.value.enabled:
         found.append(Role("value", ranks, cfg.learner.cpus, cfg.learner.gpus, learner_gb))
     return found
+
+
+def _learner_settings(cfg: RunConfig, trainable: int | None = None) -> dict[str, Any]:
+    config = cfg.learner
+    return {
+        "ranks": config.workers, "stage": config.zero_stage, "offload": config.offload, "token_budget": config.token_budget,
+        "checkpointing": config.activation_checkpointing, "trainable": trainable,
+    }  # fmt: skip
+
+
+def memory(cfg: RunConfig) -> str:
+    """Of one worker of each role with caches and activations, the arithmetic, and the GPUs that have room for it."""
+    count, known, width = parameter_count(cfg), shape(cfg), BYTES[cfg.model.dtype]
+    if count is None:
+        return "  unknown until the model's config.json is here"
+    decoder, config = cfg.rollout.decoder, cfg.learner
+    slots = cfg.rollout.slots or cfg.rollout.batch_size
+    prompt = cfg.data.max_prompt_tokens or PROMPT_TOKENS
+    rows = slots * (block_size(cfg) or decoder.block_size or decoder.max_tokens)
+    rollout = rollout_parts(known, count, width, slots=slots, tokens=prompt + decoder.max_tokens, rows=rows)
+    trainable = adapter_parameters(known, config.lora_rank, config.lora_targets) if known and config.lora_rank else None
+    learner = learner_parts(known, count, width, **_learner_settings(cfg, trainable))
+    lines = [*table("rollout", rollout).splitlines(), *table("learner", learner).splitlines()]
+    if known is not None and not cfg.rollout.slots:
+        lines.insert(0, _slots_line(rollout, slots))
+    lines.insert(0, f"a prompt is taken to have {prompt} tokens" + ("" if cfg.data.max_prompt_tokens else " (assumed)"))
+    if cfg.value.enabled:
+        lines.append("value      as the learner, on GPUs of its own")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _slots_line(parts: list[Part], slots: int) -> str:
+    """How many of the slots each GPU has room for; the others follow as they finish."""
+    each = sum(part.nbytes for part in parts if part.name != "weights") / slots
+    weights = sum(part.nbytes for part in parts if part.name == "weights")
+    room = {gb: min(slots, max(0, int((ROOM * gb * 1e9 - weights) // each))) for gb in GPUS_GB}
+    return "rollout.slots=0: as many at once as fit: " + ", ".join(f"{number} on {gb} GB" for gb, number in room.items())
 
 
 def step_arithmetic(cfg: RunConfig) -> str:
@@ -114,20 +154,13 @@ def rows_per_response(algo: AlgoConfig, steps: int) -> int:
 
 def needs(cfg: RunConfig) -> list[str]:
     """What is missing on this machine for a real run, a line each."""
-    missing = []
-    config = Path(cfg.model.path) / "config.json"
-    if cfg.model.path not in TINY_BLOCK_SIZE and not config.is_file():
-        missing.append(f"the model: no {config} (model.path)")
-    elif cfg.model.path not in TINY_BLOCK_SIZE and "diffusion" not in json.loads(config.read_text(encoding="utf8")):
-        missing.append(f"the model: {config} has no 'diffusion' entry that says how it denoises")
-    for key, path in (("data.train", cfg.data.train), ("data.test", cfg.data.test)):
-        if path and not Path(path).is_file():
-            missing.append(f"the data: no file {path} ({key})")
-    verifier = cfg.verifier.name
-    if verifier and ":" not in verifier and verifier not in BUILT_IN:
-        missing.append(f"the verifier: {verifier} is none of {', '.join(BUILT_IN)}; give FILE.py:FUNCTION (verifier.name)")
+    missing = [*_missing_model(cfg), *missing_data(cfg.data)]
+    verifiers = [name for name in (cfg.verifier.name, *cfg.verifier.parts) if name not in ("", "task")]
+    for verifier in verifiers:
+        if ":" not in verifier and verifier not in BUILT_IN:
+            missing.append(f"the verifier: {verifier} is none of {', '.join(BUILT_IN)}; give FILE.py:FUNCTION")
     packages = {
-        "math_verify": cfg.verifier.name == "math",
+        "math_verify": "math" in verifiers,
         "reasoning_gym": cfg.data.task.startswith("reasoning_gym"),
         "wandb": cfg.monitor.wandb != "disabled",
         "peft": cfg.learner.lora_rank > 0,
@@ -137,6 +170,33 @@ def needs(cfg: RunConfig) -> list[str]:
     gpus = sum(role.workers * role.gpus for role in roles(cfg))
     if gpus > local_resources()["GPU"]:
         missing.append(f"{gpus:g} GPUs: this machine has {local_resources()['GPU']:g}; on a cluster they may be there")
+    return missing
+
+
+def _missing_model(cfg: RunConfig) -> list[str]:
+    """What of the models is not here or cannot work, without loading anything heavy."""
+    path, revision = cfg.model.path, cfg.model.revision
+    if path in TINY_BLOCK_SIZE or path.startswith("convert:"):
+        return []
+    folder = local_folder(path, revision)
+    if folder is None and is_hub_id(path):
+        count = parameter_count(cfg)
+        size_of = "of unknown size" if count is None else f"of about {size(2 * count)} in bfloat16"
+        command = f"hf download {path}{f' --revision {revision}' if revision else ''}"
+        return [f"the model: {path} ({size_of}) is not in the local cache; fetched at the start, or with {command}"]
+    if folder is None:
+        return [f"the model: no {Path(path) / 'config.json'} (model.path)"]
+    missing = []
+    config = declared(path, revision)
+    if block_of(config) is None and not cfg.model.family:
+        missing.append(
+            f"the model: {folder / 'config.json'} has no 'diffusion' entry that says how it denoises, and by itself shows no "
+            f"family that needs none; `python -m rlpipe.models inspect {path}` says more"
+        )
+    try:
+        WeightFiles(folder)
+    except ModelError as error:
+        missing.append(f"the model: {error}")
     return missing
 
 
@@ -155,7 +215,9 @@ def describe(cfg: RunConfig, resources: dict[str, float] | None) -> str:
         [
             to_yaml(cfg).rstrip(),
             f"model: {f'{count / 1e6:.2f}M parameters' if count else 'size unknown until its config.json is there'}",
+            describe_source(cfg),
             "placement (memory per role without activations and caches)\n" + ledger(roles(cfg), resources or local_resources()),
+            "memory of one worker, estimated\n" + memory(cfg),
             "one step\n" + step_arithmetic(cfg),
             "needed and not here:\n" + "\n".join(f"  - {item}" for item in missing) if missing else "everything needed is here",
         ]

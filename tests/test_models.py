@@ -95,6 +95,14 @@ def test_impossible_specs_are_refused(changes):
         DiffusionSpec(mask_token_id=2, **changes)
 
 
+@pytest.mark.parametrize(
+    "entry", ["full", 3, {"mask_token_id": "2"}, {"mask_token_id": 2, "eos_token_ids": [1.5]}, {"mask_token_id": -1}, {}]
+)
+def test_entries_that_are_no_spec_are_refused(entry):
+    with pytest.raises(ModelError, match="'diffusion' entry of config.json does not fit"):
+        DiffusionSpec.from_dict(entry)
+
+
 def test_unknown_tiny_models_are_refused():
     with pytest.raises(ConfigError, match="tiny:block"):
         build_tiny(ModelConfig(path="tiny:blok"), ALPHABET, 0)

@@ -9,6 +9,7 @@ import pytest
 
 from rlpipe import plan, recipe
 from rlpipe.config import RunConfig
+from rlpipe.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SDAR_LIKE = {
@@ -62,7 +63,10 @@ def test_roles_are_what_the_recipe_asks_for():
     cfg = recipe.load(["recipe=tracerl_math"])
     asked = {role.name: (role.workers, role.cpus, role.gpus) for role in plan.roles(cfg)}
     assert asked == {"rollout": (4, 1.0, 1.0), "verifier": (16, 0.5, 0.0), "learner": (4, 1.0, 1.0)}
-    assert {role.name: role.memory_gb for role in plan.roles(cfg)}["learner"] == 0.0, "unknown until the folder is there"
+    memory = {role.name: role.memory_gb for role in plan.roles(cfg)}
+    assert memory["learner"] == pytest.approx(plan.PROCESS_GB + 4.411e9 * 16 / 4 / 2**30, rel=1e-3), "bfloat16 over 4 ranks"
+    unknown = plan.roles(recipe.load(["recipe=tracerl_math", "model.path=no/such-model"]))
+    assert {role.memory_gb for role in unknown if role.name != "verifier"} == {0.0}
 
 
 def test_the_arithmetic_of_the_quickstart():
@@ -92,14 +96,72 @@ def test_the_block_of_a_folder_is_its_own(tmp_path):
     assert "(assumed)" in plan.step_arithmetic(load("model.path=/nowhere"))
 
 
+@pytest.mark.parametrize(
+    "path, kind, millions",
+    [("GSAI-ML/LLaDA-8B-Instruct", "whole canvas,", 8016), ("JetLM/SDAR-4B-Chat-b16", "block 16,", 4411)],
+)
+def test_a_published_model_that_is_not_here_is_planned_as_what_it_is(path, kind, millions):
+    cfg = load(f"model.path={path}", "model.dtype=bfloat16")
+    assert kind in plan.step_arithmetic(cfg) and "assumed" not in plan.step_arithmetic(cfg)
+    assert plan.parameter_count(cfg) / 1e6 == pytest.approx(millions, abs=1)
+    missing = plan.needs(cfg)[0]
+    for words in (path, f"about {2 * millions / 1e3:.1f} GB in bfloat16", f"hf download {path}"):
+        assert words in missing
+    assert "size unknown" in plan.describe(load("model.path=no/such-model"), None)
+
+
+def test_a_full_attention_model_that_is_given_a_grid_is_planned_with_it():
+    cfg = load("model.path=GSAI-ML/LLaDA-8B-Instruct", "model.attention=block", "model.block_size=8")
+    assert "block 8," in plan.step_arithmetic(cfg)
+    with pytest.raises(ConfigError, match="model.attention=block"):
+        recipe.check(load("model.path=GSAI-ML/LLaDA-8B-Instruct", "model.block_size=8"))
+    with pytest.raises(ConfigError, match="say which with model.block_size"):
+        recipe.check(load("model.path=GSAI-ML/LLaDA-8B-Instruct", "model.attention=block"))
+    with pytest.raises(ConfigError, match="tiny:block"):
+        recipe.check(load("model.attention=block"))
+
+
+def test_memory_says_which_gpu_holds_a_role():
+    cfg = load(
+        "model.path=JetLM/SDAR-4B-Chat", "model.dtype=bfloat16", "rollout.decoder.max_tokens=1536", "learner.zero_stage=1",
+        "learner.activation_checkpointing=true",
+    )  # fmt: skip
+    text = plan.memory(cfg)
+    assert "a prompt is taken to have 512 tokens (assumed)" in text
+    assert "64 slots × 2048 tokens × 144 KiB" in text and "4.41B × 12 B" in text
+    each = 2048 * 2 * 36 * 8 * 128 * 2 + 4 * 151936 * 4
+    free = 0.9 * 24e9 - 2 * plan.parameter_count(cfg)
+    assert f"{int(free // each)} on 24 GB" in text and "64 on 80 GB" in text
+    assert "(assumed)" not in plan.memory(load("data.max_prompt_tokens=40"))
+    adapters = plan.memory(load("model.path=JetLM/SDAR-4B-Chat", "learner.lora_rank=16"))
+    assert f"{16 * 36 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)) / 1e6:.2f}M × 8 B" in adapters
+
+
+def test_weights_are_counted_and_checked_by_their_headers(tmp_path):
+    from tiny_models import tiny
+
+    from rlpipe.models.loading import save_model
+
+    model, tokenizer = tiny("block")
+    save_model(model, tokenizer, tmp_path)
+    cfg = load(f"model.path={tmp_path}")
+    assert plan.parameter_count(cfg) == sum(p.numel() for p in model.parameters())
+    assert not [line for line in plan.needs(cfg) if "model" in line]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "truncated" in plan.needs(cfg)[0]
+    assert plan.parameter_count(cfg) == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
 def test_needs_name_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "local_resources", lambda: {"CPU": 2.0, "GPU": 0.0, "memory": 2.0**34})
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None if name == "math_verify" else object())
+    real = plan.importlib.util.find_spec
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name, *at: None if name == "math_verify" else real(name, *at))
     missing = "\n".join(plan.needs(recipe.load(["recipe=tracerl_math_value"])))
     for part in (
-        "models/SDAR-4B-Chat",
-        "data/math_train.jsonl",
-        "data/math500.jsonl",
+        "JetLM/SDAR-4B-Chat (of about 8.8 GB in bfloat16)",
+        "MATH_train",
+        "MATH-500",
         "math_verify",
         "12 GPUs",
     ):

@@ -129,12 +129,25 @@ class Engine:
         """Context in which the parameters are whole, whatever the ZeRO stage; all ranks must enter."""
         return self.deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3)
 
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The plain model's weights one by one, on rank 0; nothing elsewhere, but all ranks must iterate."""
+        for bucket, entries in self.export(EXPORT_BUCKET_BYTES):
+            for entry in entries:
+                yield entry.name, tensor_of(entry, bucket)
+
     def state(self) -> dict[str, torch.Tensor]:
         """The plain model's weights by name, on rank 0."""
-        state: dict[str, torch.Tensor] = {}
-        for bucket, entries in self.export(EXPORT_BUCKET_BYTES):
-            state.update((entry.name, tensor_of(entry, bucket)) for entry in entries)
-        return state
+        return dict(self.stream())
+
+    def hand_over(self, take: Callable[[Iterator[tuple[str, torch.Tensor]]], None]) -> None:
+        """take(stream) on rank 0. All ranks must call, and all gather to the end, also when rank 0 fails on the way."""
+        stream = self.stream()
+        try:
+            if self.rank == 0:
+                take(stream)
+        finally:
+            for _ in stream:
+                pass
 
     def save(self, folder: Path) -> None:
         """All ranks write their part. Raises CheckpointError if the disk refuses."""
@@ -170,16 +183,13 @@ def merge_sums(total: dict[str, float], part: dict[str, float]) -> None:
 
 
 def learning_rate(config: LearnerConfig, lr: float, update: int, total: int) -> float:
-    """Rate of the given 0-based optimizer update: linear warm-up to `lr`, then constant, linear to 0 or cosine to 0 over
-    `total`."""
+    """Rate of the given 0-based optimizer update: linear warm-up to `lr`, then constant, or linear or cosine to `lr_floor` of
+    it over `total`."""
     if update < config.lr_warmup:
         return lr * (update + 1) / config.lr_warmup
     done = min(1.0, (update - config.lr_warmup) / max(1, total - config.lr_warmup))
-    if config.lr_schedule == "linear":
-        return lr * (1.0 - done)
-    if config.lr_schedule == "cosine":
-        return lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return lr
+    left = {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}.get(config.lr_schedule, 1.0)
+    return lr * (config.lr_floor + (1.0 - config.lr_floor) * left)
 
 
 def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -49,6 +49,18 @@ class RankGroup:
         """The ranks' parts of a step: the same for every group of ranks."""
         return make_shards(plan.samples, plan.updates, plan.gauge, self.config.token_budget, len(self.workers))
 
+    def score(self, plan: StepPlan) -> list[np.ndarray]:
+        """What the model says of every sample of the step's updates, float32[M] in the plan's order; empty for the others. A
+        policy: log-probabilities, a value model: values."""
+        shards = self.shards(plan)
+        parts = self._wait(self._send("score", shards), f"scoring by the {self.role}")
+        found = [np.zeros(0, np.float32)] * len(plan.samples)
+        for shard, part in zip(shards, parts, strict=True):
+            for index, scores in zip(shard.places, part, strict=True):
+                if len(scores):
+                    found[index] = scores
+        return found
+
     def save(self, folder: str) -> None:
         self._wait([worker.save.remote(folder) for worker in self.workers], f"writing {folder}")
 
@@ -87,17 +99,6 @@ class LearnerGroup(RankGroup):
 
 class ValueGroup(RankGroup):
     role, actor = "value", ValueWorker
-
-    def score(self, plan: StepPlan) -> list[np.ndarray]:
-        """Values float32[M] of every sample of the step's updates, in the plan's order; empty for the others."""
-        shards = self.shards(plan)
-        parts = self._wait(self._send("score", shards), "scoring values")
-        values = [np.zeros(0, np.float32)] * len(plan.samples)
-        for shard, part in zip(shards, parts, strict=True):
-            for index, found in zip(shard.places, part, strict=True):
-                if len(found):
-                    values[index] = found
-        return values
 
     def start_training(self, plan: StepPlan) -> list:
         """Set off the updates of the step scored last, whose samples now have returns; hand the result to `finish_training`."""

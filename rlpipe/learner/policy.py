@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlpipe.errors import CheckpointError
 from rlpipe.learner.batches import Batches, is_filler
 from rlpipe.learner.engine import Engine
 from rlpipe.learner.micro_batches import Shard
+from rlpipe.learner.sharding import frozen_copy
 from rlpipe.models.adapters import has_adapters, without_adapters
 from rlpipe.models.loading import save_model
 from rlpipe.models.policy import DiffusionLM
@@ -57,8 +57,17 @@ class PolicyLearner:
         self._move_reference()
         return {"updates": updates} | self._parity()
 
+    def score(self, shard: Shard) -> list[np.ndarray]:
+        """Log-probabilities float32[M] of every sample of the shard's updates, as the weights are now; empty for the others."""
+        self.batches = Batches(shard.samples, self.spec, self.engine.device)
+        found: list[torch.Tensor | None] = [None] * len(self.batches.samples)
+        self._score([batch for update in shard.updates for batch in update], found, self.engine.module)
+        return [np.zeros(0, np.float32) if logp is None else logp.cpu().numpy() for logp in found]
+
     def _loss(self, batch: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
-        logp, entropy = self._forward(batch, self.engine.module, entropy="value")
+        certainty = self.objective.certainty
+        wanted = ("value",) if certainty is None else ("right", certainty.entropy_temperature)
+        logp, entropy = self._forward(batch, self.engine.module, *wanted)
         if is_filler(batch):  # the pass happens, so that collectives match on all ranks, and adds exactly nothing
             return (logp * 0.0).sum(), {}
         if self.old[batch[0]] is None:
@@ -83,11 +92,14 @@ class PolicyLearner:
             if not is_filler(batch):
                 self._keep(into, batch, logp)
 
-    def _forward(self, batch: list[int], model: Callable, entropy: str = "none") -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities and, if asked for, entropies [M] of the batch's scored tokens, sample after sample."""
+    def _forward(
+        self, batch: list[int], model: Callable, entropy: str = "none", *temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and, if asked for, entropies [M] of the batch's scored tokens, sample after sample; see
+        `DiffusionLM.forward`."""
         packed = self.batches.packed(batch)
         inputs = (packed.input_ids, packed.position_ids, packed.plan(), packed.index, packed.targets)
-        logp, spread = model(*inputs, self.temperature, entropy)
+        logp, spread = model(*inputs, self.temperature, entropy, *temperature)
         order = packed.slot.argsort()
         return logp[order], None if spread is None else spread[order]
 
@@ -154,12 +166,10 @@ class PolicyLearner:
 
     def save_model(self, folder: Path, tokenizer) -> None:
         """A Hugging Face folder with the current weights, adapters merged, written by rank 0; all ranks must call it."""
-        state = self.engine.state()
-        if self.engine.rank == 0:
-            try:
-                save_model(self.engine.model, tokenizer, folder, state)
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(f"the model could not be written to {folder}: {error}. Free some space") from error
+        try:
+            self.engine.hand_over(lambda weights: save_model(self.engine.model, tokenizer, folder, weights))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"the model could not be written to {folder}: {error}. Free some space") from error
 
 
 class _Adapterless:
@@ -179,7 +189,7 @@ def _reference(model: DiffusionLM, objective: Objective, config: LearnerConfig):
     switched off instead."""
     if not objective.needs_reference or (has_adapters(model.lm) and objective.algo.kl_reference == "initial"):
         return None
-    held = copy.deepcopy(model).requires_grad_(False).eval()
+    held = frozen_copy(model)
     if config.zero_stage < 3:
         return held
     from rlpipe.learner.engine import deepspeed_config, import_deepspeed

@@ -74,12 +74,14 @@ class ValueLearner:
         """A Hugging Face folder with the value head beside the weights, written by rank 0; all ranks must call it."""
         from safetensors.torch import save_file
 
-        state = self.engine.state()
         with self.engine.gathered(list(self.engine.model.head.parameters())):
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.engine.model.head.state_dict().items()}
-        if self.engine.rank == 0:
-            try:
-                save_model(self.engine.model, tokenizer, folder, state)
-                save_file(head, folder / HEAD_FILE)
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(f"the value model could not be written to {folder}: {error}. Free some space") from error
+
+        def write(weights) -> None:
+            save_model(self.engine.model, tokenizer, folder, weights)
+            save_file(head, folder / HEAD_FILE)
+
+        try:
+            self.engine.hand_over(write)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"the value model could not be written to {folder}: {error}. Free some space") from error

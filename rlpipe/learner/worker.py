@@ -12,9 +12,10 @@ from rlpipe.config import RunConfig
 from rlpipe.learner.engine import join_process_group
 from rlpipe.learner.micro_batches import Shard
 from rlpipe.learner.policy import PolicyLearner
+from rlpipe.learner.sharding import Partitioned, whole_size
 from rlpipe.learner.value import ValueLearner
 from rlpipe.models.adapters import add_adapters
-from rlpipe.models.loading import load_model, load_tokenizer
+from rlpipe.models.loading import load_model, load_tokenizer, settings_of
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.value import ValueModel
 from rlpipe.models.weights import Manifest, checksum
@@ -49,7 +50,9 @@ class RankWorker:
     def _load(self, master: str, folder: str) -> DiffusionLM:
         cfg = self.cfg
         join_process_group(self.rank, cfg.learner.workers, master, cfg.learner.timeout_s)
-        return load_model(folder, cfg.model.dtype, cfg.model.block_size)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        partitioning = Partitioned(cfg.learner) if cfg.learner.zero_stage == 3 else None
+        return load_model(folder, cfg.model.dtype, device=device, partitioning=partitioning, **settings_of(cfg.model))
 
 
 class LearnerWorker(RankWorker):
@@ -57,7 +60,7 @@ class LearnerWorker(RankWorker):
         """Join the process group and hand the model to DeepSpeed; returns the number of parameters."""
         cfg, config = self.cfg, self.cfg.learner
         model = self._load(master, self.model_folder)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(whole_size(p) for p in model.parameters())
         if config.lora_rank:
             add_adapters(
                 model.lm,
@@ -73,6 +76,9 @@ class LearnerWorker(RankWorker):
 
     def train(self, shard: Shard) -> dict:
         return self.learner.train(shard, self.cfg.algo.epochs)
+
+    def score(self, shard: Shard):
+        return self.learner.score(shard)
 
     def export(self, version: int):
         """(Manifest, references to the buckets) on rank 0, None elsewhere."""
@@ -105,7 +111,7 @@ class ValueWorker(RankWorker):
         model = ValueModel(self._load(master, folder))
         model.load_head(Path(folder))
         self.learner = ValueLearner(_placed(model), cfg.value, cfg.learner, self.total_updates)
-        return sum(p.numel() for p in model.parameters())
+        return sum(whole_size(p) for p in model.parameters())
 
     def score(self, shard: Shard):
         return self.learner.score(shard)

@@ -1,98 +1,311 @@
-"""Model folders: load and save as ordinary Hugging Face folders, with the diffusion spec inside config.json."""
+"""Models in and out: a folder or a hub id becomes a DiffusionLM, and goes back in the layout that it came in.
+
+No code of a model is ever run: its config.json says which family it is, and the family which stock class computes it. Weights
+are read from safetensors, tensor by tensor.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlpipe.config import ModelConfig
 from rlpipe.errors import ModelError
-from rlpipe.models import attention
+from rlpipe.models import attention, export
+from rlpipe.models.adapters import merged_parameters
+from rlpipe.models.checkpoint_files import WeightFiles
+from rlpipe.models.export import (
+    Provenance,
+    ShardWriter,
+    copy_companions,
+    copy_tokenizer,
+    original_config,
+    original_tensors,
+    stock_config,
+)
+from rlpipe.models.families import find_family
+from rlpipe.models.family import Family, TokenFacts
+from rlpipe.models.filling import (
+    Mismatch,
+    Partitioning,
+    compare,
+    empty_in_shards,
+    empty_model,
+    fill,
+    fill_shards,
+    tied_copies,
+)
+from rlpipe.models.hub import model_folder
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.spec import CONFIG_KEY, DiffusionSpec
 
+if not torch.cuda.is_available():  # transformers imports DeepSpeed where it is installed, which else says on the console that
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it found no GPU
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+BUCKET_BYTES = 256 * 2**20  # of parameters that are whole at a time while shards are filled
 
 
-def read_spec(folder: str | Path) -> DiffusionSpec:
-    """The diffusion spec of a model folder. Raises ModelError if there is no such folder or it carries no spec."""
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """What a folder is, without its weights. config: config.json; tokenizer: None if the folder has none."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    spec: DiffusionSpec
+    tokenizer: Any
+
+
+def settings_of(model: ModelConfig) -> dict[str, Any]:
+    """What a recipe says of its model, as keywords of `recognise`."""
+    return {
+        "revision": model.revision,
+        "family": model.family,
+        "block_size": model.block_size,
+        "attention": model.attention,
+        "mask_token_id": model.mask_token_id,
+    }
+
+
+def recognise(
+    path: str | Path,
+    *,
+    revision: str = "",
+    family: str = "",
+    block_size: int = 0,
+    attention: str = "",
+    mask_token_id: int = -1,
+) -> Recognised:
+    """Family and diffusion spec of a folder or hub id, by its config.json and tokenizer.
+
+    revision: of a hub id · family: instead of the one that config.json shows, ours or file.py:NAME · block_size, attention,
+    mask_token_id: instead of what the model says (0, empty, -1). A block_size alone changes the grid of a block model;
+    attention='block' with one gives a grid to a model with full attention, which then has to be adapted by training.
+    Raises ModelError for an architecture that we do not know, and for a MASK, tokenizer or config that do not fit together.
+    """
+    folder = model_folder(path, revision)
     config = read_config(folder)
-    if CONFIG_KEY not in config:
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    generation = _json(folder / "generation_config.json")
+    facts = TokenFacts(generation=generation) if tokenizer is None else TokenFacts.of(tokenizer, generation)
+    try:
+        found = find_family(config, family, facts)
+        spec = _changed(found.spec(_with_mask(config, mask_token_id), facts), block_size, attention)
+        rows = found.config(config).vocab_size
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    if tokenizer is not None:
+        check_tokenizer(folder, tokenizer, spec, rows, mask_given=mask_token_id >= 0)
+    return Recognised(folder, config, found, spec, tokenizer)
+
+
+def _with_mask(config: dict[str, Any], mask: int) -> dict[str, Any]:
+    """config.json as if it named this MASK; as it is for -1."""
+    if mask < 0:
+        return config
+    entry = config.get(CONFIG_KEY)
+    own = {CONFIG_KEY: entry | {"mask_token_id": mask}} if isinstance(entry, dict) else {}
+    return config | {"mask_token_id": mask} | own
+
+
+def _changed(spec: DiffusionSpec, block_size: int, attention: str) -> DiffusionSpec:
+    wanted = attention or spec.attention
+    if block_size and wanted == "full":
         raise ModelError(
-            f"{folder}/config.json has no '{CONFIG_KEY}' entry, so nothing says how this model denoises. Add one, for example "
-            f'"{CONFIG_KEY}": {{"mask_token_id": 151669, "eos_token_ids": [151643], "attention": "block", "block_size": 4}}'
+            f"model.block_size={block_size}, but this model has full attention. Leave it 0, or give the model a grid with "
+            "model.attention=block"
         )
-    return DiffusionSpec.from_dict(config[CONFIG_KEY])
+    size = 0 if wanted == "full" else block_size or spec.block_size
+    if not size and wanted == "block":
+        raise ModelError("model.attention=block gives this model a grid: say which with model.block_size, for example 4")
+    return dataclasses.replace(spec, attention=wanted, block_size=size)
 
 
-def read_config(folder: str | Path) -> dict:
+def check_tokenizer(folder: Path, tokenizer, spec: DiffusionSpec, rows: int, mask_given: bool = False) -> None:
+    """Raises ModelError if the tokenizer makes ids that the embedding has no row for, or calls another token MASK."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has a token with id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and the "
+            f"embedding has {rows} rows: they do not belong together. Put the model's own tokenizer files there"
+        )
+    mask = tokenizer.mask_token_id
+    if mask is not None and mask != spec.mask_token_id and not mask_given:
+        raise ModelError(
+            f"{folder}: MASK has id {spec.mask_token_id} by config.json, and the tokenizer's mask token is "
+            f"{tokenizer.mask_token!r} with id {mask}. Correct the wrong one, or say which it is with model.mask_token_id"
+        )
+
+
+def read_spec(path: str | Path, **settings: Any) -> DiffusionSpec:
+    """The diffusion spec of a folder or hub id; keywords of `recognise`, which also says what is raised."""
+    return recognise(path, **settings).spec
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json as a dict; raises ModelError with the remedy."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"model.path={folder}: there is no {path.name} there. Give a folder with a saved model, or tiny:block or tiny:full"
+            f"model.path={folder}: there is no {path.name} there. Give a folder with a saved model, a hub id OWNER/NAME, or "
+            "tiny:block or tiny:full"
         )
+    config = _json(path)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: a model's configuration is a JSON object, and this is a {type(config).__name__}")
+    return config
+
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    device: str | torch.device = "cpu",
+    partitioning: Partitioning | None = None,
+    **settings: Any,
+) -> DiffusionLM:
+    """A folder or hub id as a DiffusionLM in `dtype` on `device`; settings: keywords of `recognise`. No remote code is run.
+
+    Host memory peaks at the model and one tensor. partitioning: parameters are sharded over ranks as they are made; all ranks
+    must call. Raises ModelError as `recognise`, and for weights that are missing, damaged or do not fit.
+    """
+    known = recognise(path, **settings)
+    weights = known.family.weights(known.config)
+    model_class, config = _stock(known)
+    lm = empty_model(model_class, config, DTYPES[dtype])
+    with WeightFiles(known.folder) as files:
+        _check_fit(known, compare(lm, files, weights))
+        copies = tied_copies(lm, files.tensors, weights)
+        if partitioning is None:
+            fill(lm, files, weights, DTYPES[dtype], torch.device(device))
+        else:
+            shards = empty_in_shards(model_class, config, DTYPES[dtype], partitioning)
+            lm = fill_shards(shards, files, weights, DTYPES[dtype], torch.device(device), partitioning, BUCKET_BYTES)
+    model = DiffusionLM(lm, known.spec)
+    model.provenance = Provenance(known.folder, known.family, known.config, weights, copies)
+    return model
+
+
+def _stock(known: Recognised) -> tuple[type, Any]:
+    """(stock class, its config, with our attention)."""
+    attention.register()
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        config = known.family.config(known.config)
+    except ModelError as error:
+        raise ModelError(f"{known.folder}: {error}") from error
+    config._attn_implementation = attention.IMPLEMENTATION
+    return known.family.model_class(known.config), config
+
+
+def check_model(path: str | Path, **settings: Any) -> Recognised:
+    """Everything that can be said before a weight is read: `recognise`, and whether the files hold what the class needs."""
+    known = recognise(path, **settings)
+    check_tensors(known)
+    return known
+
+
+def check_tensors(known: Recognised) -> None:
+    """Raises ModelError, with the first few names, unless the folder's headers declare just what the class needs."""
+    lm = empty_model(*_stock(known), torch.float32)
+    with WeightFiles(known.folder) as files:
+        _check_fit(known, compare(lm, files, known.family.weights(known.config)))
+
+
+def _check_fit(known: Recognised, wrong: Mismatch) -> None:
+    if wrong:
+        raise ModelError(f"{known.folder}: the weights do not fit {known.family.name} as config.json describes it: {wrong}")
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def load_tokenizer(path: str | Path, revision: str = ""):
+    """The tokenizer of a folder or hub id; raises ModelError if it has none.
+
+    A tokenizer class of the model's own is not run: its files are read by the stock class of the same format.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2TokenizerFast
+
+    folder = model_folder(path, revision)
+    if not has_tokenizer(folder):
+        raise ModelError(f"{folder}: no tokenizer could be loaded: none of {', '.join(TOKENIZERS)} is there")
+    said = _json(folder / "tokenizer_config.json")
+    try:
+        if said.get("tokenizer_class") and "AutoTokenizer" not in said.get("auto_map", {}):
+            # A config of no type: which class reads the tokenizer's files is not for the model's config.json to say.
+            return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        return Qwen2TokenizerFast.from_pretrained(folder)  # vocab.json and merges.txt: Dream's class is a copy of Qwen2's
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: no tokenizer could be loaded: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file that a model may or may not have; {} without it. Raises ModelError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
 
 
-def load_model(folder: str | Path, dtype: str = "float32", block_size: int = 0) -> DiffusionLM:
-    """Load weights on the CPU in `dtype`; block_size > 0 overrides the grid of a block model. No remote code is run.
+def save_model(
+    model: DiffusionLM,
+    tokenizer,
+    folder: str | Path,
+    state: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | None = None,
+    shard_bytes: int = export.SHARD_BYTES,
+) -> None:
+    """Write weights, config (with the spec) and tokenizer in the layout that the model was loaded from.
 
-    Raises ModelError for missing folders, architectures we do not know, and weights that do not fit.
+    `load_model` reads it back identical to the bit, and what could read the original reads it too. A model that was made here
+    is written as its stock class.
+
+    model: a DiffusionLM or what has its `lm`, `spec` and `provenance` · state: stock parameters by name or as they come, for a
+    model whose own are sharded; adapters are merged otherwise · shard_bytes: of one file. Raises OSError if the disk refuses.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
-
-    spec = read_spec(folder)
-    if block_size:
-        spec = DiffusionSpec.from_dict(spec.to_dict() | {"block_size": block_size})
-    architectures = read_config(folder).get("architectures") or ["unknown"]
-    if architectures[0] not in SUPPORTED:
-        raise ModelError(f"{folder} holds a {architectures[0]}; known are {', '.join(SUPPORTED)}")
-    attention.register()
-    _quiet()
-    try:
-        lm, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention.IMPLEMENTATION, output_loading_info=True
-        )
-    except StrictDataclassError as error:
-        raise ModelError(f"{folder}/config.json contradicts itself: {error}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the weights could not be loaded: {error}") from error
-    wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-    if wrong:
-        raise ModelError(f"{folder}: weights do not fit the architecture, first of {len(wrong)}: {wrong[0]}")
-    return DiffusionLM(lm, spec)
-
-
-def load_tokenizer(folder: str | Path):
-    """The folder's tokenizer; raises ModelError if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no tokenizer could be loaded: {error}") from error
+    lm, folder = model.lm, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = model.provenance or _made_here(model)
+    merged = merged_parameters(lm)
+    saved = lm.state_dict(keep_vars=True).keys()
+    buffers = [(name, buffer) for name, buffer in lm.named_buffers() if name in saved]
+    if state is None:
+        state = ((part.name, part.tensor()) for part in merged)
+    parameters = state.items() if isinstance(state, Mapping) else state
+    names = [*(part.name for part in merged), *(name for name, _ in buffers)]
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in original_tensors(origin.weights, names, chain(parameters, buffers), origin.copies):
+        writer.add(name, tensor)
+    writer.close()
+    if model.provenance is None:
+        config = origin.config
+        lm.generation_config.save_pretrained(folder)
+    else:
+        config = original_config(origin, model.spec, lm.dtype)
+        copy_companions(origin.folder, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    same = Path(tokenizer.name_or_path or ".").resolve() == origin.folder.resolve() and has_tokenizer(origin.folder)
+    if model.provenance is None or not same:
+        tokenizer.save_pretrained(folder)
+    else:
+        copy_tokenizer(origin.folder, folder)
 
 
-def save_model(model: DiffusionLM, tokenizer, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write weights, config (with the spec) and tokenizer; `load_model` and plain transformers read it back.
-
-    state: parameters by name, for a model whose own are sharded.
-    """
-    _quiet()
-    setattr(model.lm.config, CONFIG_KEY, model.spec.to_dict())
-    model.lm.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-
-
-def _quiet() -> None:
-    """No progress bars of transformers: workers would write them into the driver's console."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+def _made_here(model: DiffusionLM) -> Provenance:
+    config = stock_config(model.lm, model.spec)
+    family = find_family(config)
+    return Provenance(Path(), family, config, family.weights(config))

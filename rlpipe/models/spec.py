@@ -47,8 +47,13 @@ class DiffusionSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DiffusionSpec:
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        """Raises ModelError for what is no object, has unknown or missing keys, or holds what is no id."""
         try:
-            return cls(**known)
-        except TypeError as error:
+            known = {key: tuple(value) if isinstance(value, list) else value for key, value in dict(values).items()}
+            spec = cls(**known)
+            ids = (spec.mask_token_id, *spec.eos_token_ids, *spec.suppressed_ids)
+            if not all(type(number) is int and number >= 0 for number in ids):
+                raise TypeError(f"ids are whole numbers of at least 0, and these are {ids}")
+            return spec
+        except (TypeError, ValueError) as error:
             raise ModelError(f"the '{CONFIG_KEY}' entry of config.json does not fit: {error}") from error

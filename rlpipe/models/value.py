@@ -24,7 +24,7 @@ class ValueModel(nn.Module):
     def __init__(self, policy: DiffusionLM):
         """Takes over the weights of `policy`. Its LM head is frozen and stays, so that what is saved loads like any model."""
         super().__init__()
-        self.lm, self.spec = policy.lm, policy.spec
+        self.lm, self.spec, self.provenance = policy.lm, policy.spec, policy.provenance
         if self.lm.lm_head.weight is not self.lm.model.embed_tokens.weight:
             self.lm.lm_head.requires_grad_(False)
         self.head = nn.Linear(self.lm.config.hidden_size, 1, bias=False, dtype=self.lm.dtype)

@@ -13,7 +13,7 @@ import torch
 
 from rlpipe.config import DecoderConfig, ModelConfig
 from rlpipe.errors import RolloutFailed, WeightMismatch
-from rlpipe.models.loading import load_model, load_tokenizer
+from rlpipe.models.loading import load_model, load_tokenizer, settings_of
 from rlpipe.models.weights import Manifest, load_buckets
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine, EngineCounters
@@ -63,9 +63,8 @@ class RolloutWorker:
     def __init__(self, index: int, model_folder: str, model: ModelConfig, threads: int, slots: int = 0):
         torch.set_num_threads(threads)
         self.index, self.slots = index, slots
-        policy = load_model(model_folder, model.dtype, model.block_size)
-        if torch.cuda.is_available():
-            policy = policy.cuda()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        policy = load_model(model_folder, model.dtype, device=device, **settings_of(model))
         self.tokenizer = load_tokenizer(model_folder)
         self.engine = Engine(policy)
         self.version = -1  # nothing is sampled before the first weight update
