@@ -220,7 +220,7 @@ def test_templates_wrap_the_text_and_widen_the_alphabet():
         ("sudoku", {"unique": "yes"}, "true or false"),
         ("sudoku", {"careless": 1.5}, "0 to 1"),
         ("sudoku", {"careless": "all"}, "0 to 1"),
-        ("jsonl", {"careless": 1}, "no options"),
+        ("jsonl", {"careless": 1}, "no such option; did you mean answer"),
         ("reasoning_gym:chainsum", {}, "did you mean chain_sum"),
         ("reasoning_gym:chain_sum", {"no_such": 1}, "do not fit"),
         ("reasoning_gym:chain_sum", {"min_digit": 1}, "did you mean min_digits"),
@@ -298,7 +298,7 @@ def test_jsonl_holds_out_what_the_test_file_has(tmp_path, caplog):
     made = jsonl(tmp_path, *rows, test=(rows[1], rows[1], rows[4]))
     assert made.size == 3 and {made.prompt(i).text for i in range(9)} == {"p0", "p2", "p3"}
     assert [prompt.text for prompt in made.test_prompts(9)] == ["p1", "p4"]
-    assert "2 of 5 lines left out" in caplog.text
+    assert "3 of 5 records used, shape rlpipe; left out: 2 also in the test set" in caplog.text
     with pytest.raises(DataError, match="none is left"):
         jsonl(tmp_path, *rows, test=tuple(rows))
 

@@ -1,1 +1,1 @@
-"""Prompt sources: procedural tasks and files, with a resumable cursor. No torch here."""
+"""Prompt sources: procedural tasks, records of any shape, benchmarks, mixtures; with a resumable cursor. No torch here."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rlpipe.data.report import Report
 from rlpipe.errors import CheckpointError, ConfigError, DataError
 from rlpipe.trajectory import Prompt
+
+if TYPE_CHECKING:
+    from rlpipe.data.pass_rates import PassRateLog
 
 ATTEMPTS = 10_000  # draws before a procedural task is declared to have no puzzle of the wanted kind
 
@@ -20,7 +24,8 @@ class PromptSource(ABC):
     task: name · verifier: default verifier · alphabet: every character that prompts and responses can contain, sorted
     (for character tokenizers), empty if unknown · size: prompts of a pass, None if endless · max_response_chars: enough
     for a right response to every prompt, None if unknown · identity: what the prompts depend on; a cursor of another
-    one is refused.
+    one is refused · reports: what became of the records that were read, training ones first · block_sizes: those that prompts
+    ask for · verifiers: all that they need, `verifier` first.
     """
 
     task: str
@@ -29,6 +34,12 @@ class PromptSource(ABC):
     alphabet: str = ""
     size: int | None = None
     max_response_chars: int | None = None
+    reports: tuple[Report, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        return (self.verifier,)
 
     @abstractmethod
     def prompt(self, index: int) -> Prompt:
@@ -44,10 +55,11 @@ class PromptSource(ABC):
 
 
 class Cursor:
-    """Hands out prompts in order and remembers the place. `dropped` counts those that were given up afterwards."""
+    """Hands out prompts in order and remembers the place. `dropped` counts those that were given up afterwards. log: where to
+    write how often each was solved, None for nowhere."""
 
-    def __init__(self, source: PromptSource):
-        self.source, self.index, self.dropped = source, 0, 0
+    def __init__(self, source: PromptSource, log: PassRateLog | None = None):
+        self.source, self.index, self.dropped, self.log = source, 0, 0, log
 
     def take(self, count: int) -> list[Prompt]:
         prompts = [self.source.prompt(self.index + i) for i in range(count)]
@@ -56,6 +68,11 @@ class Cursor:
 
     def drop(self, count: int = 1) -> None:
         self.dropped += count
+
+    def solved(self, groups: Iterable[tuple[Prompt, Sequence[float]]]) -> None:
+        """Each prompt with the rewards of its responses."""
+        if self.log is not None:
+            self.log.add(groups)
 
     def state(self) -> dict[str, Any]:
         """JSON-able; `restore` continues from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -113,22 +114,25 @@ class RolloutPool:
         predictions: int = 0,
     ) -> Iterator[tuple[int, Group, EngineCounters]]:
         """(index of the prompt, its group, work since the group before) as groups are done, each exactly once.
-        predictions: the full prediction is recorded every so many denoising steps, 0: never.
+        predictions: the full prediction is recorded every so many denoising steps, 0: never. A prompt with a block size of its
+        own is decoded in blocks of that size, unless the decoder's is another than the recipe's: whoever votes over block
+        sizes means them.
 
         Raises RolloutFailed when a unit fails more often than its retries allow: an unsampled response is never an empty one.
         """
         per_unit = max(1, self.cfg.batch_size // samples)
-        starts = range(0, len(prompts), per_unit)
+        own = decoder.block_size == self.cfg.decoder.block_size
+        units = units_of_work([prompt.block_size if own else 0 for prompt in prompts], per_unit)
         requests = [
             RolloutRequest(
-                prompts=tuple(prompts[start : start + per_unit]),
+                prompts=tuple(prompts[index] for index in indices),
                 samples=samples,
-                decoder=decoder,
+                decoder=dataclasses.replace(decoder, block_size=size) if size else decoder,
                 version=self.current.manifest.version,
                 seed=self.seed if seed is None else seed,
                 predictions=predictions,
             )
-            for start in starts
+            for size, indices in units
         ]
         calls = [
             Call("generate", (request,), label=f"unit {i + 1}/{len(requests)} ({request.prompts[0].uid} …)")
@@ -138,7 +142,7 @@ class RolloutPool:
         for unit, part in self.pool.stream(calls, timeout_s=self.cfg.timeout_s, what=what):
             if isinstance(part, Failure):
                 raise RolloutFailed(f"{what}: {part}") from part.cause
-            index = -1 if part is None else starts[unit] + part.place
+            index = -1 if part is None else units[unit][1][part.place]
             if part is None or index in seen:  # the end of a unit; or a unit that was tried again, with the same samples
                 continue
             seen.add(index)
@@ -156,3 +160,16 @@ class RolloutPool:
 
     def close(self) -> None:
         self.pool.close()
+
+
+def units_of_work(block_sizes: Sequence[int], per_unit: int) -> list[tuple[int, list[int]]]:
+    """(block size, indices of up to per_unit prompts of that size, in order); units in order of their first prompt. All samples
+    of a unit share one decoder, so prompts of different block sizes cannot."""
+    units: list[tuple[int, list[int]]] = []
+    open_unit: dict[int, list[int]] = {}
+    for index, size in enumerate(block_sizes):
+        if len(open_unit.get(size, ())) in (0, per_unit):
+            open_unit[size] = []
+            units.append((size, open_unit[size]))
+        open_unit[size].append(index)
+    return units
