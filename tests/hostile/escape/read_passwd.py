@@ -1,0 +1,6 @@
+"""Reads the host's users."""
+# ruff: noqa
+
+
+def attack():
+    return open("/etc/passwd").read()

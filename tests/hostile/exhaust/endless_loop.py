@@ -1,0 +1,7 @@
+"""Computes for ever."""
+# ruff: noqa
+
+
+def attack():
+    while True:
+        pass

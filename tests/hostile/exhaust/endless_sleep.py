@@ -1,0 +1,9 @@
+"""Waits for ever."""
+# ruff: noqa
+
+import time
+
+
+def attack():
+    while True:
+        time.sleep(1000)

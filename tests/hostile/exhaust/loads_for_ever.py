@@ -1,0 +1,5 @@
+"""Never finishes loading."""
+# ruff: noqa
+
+while True:
+    pass

@@ -1,0 +1,8 @@
+"""A result without an end."""
+# ruff: noqa
+
+import itertools
+
+
+def attack():
+    return itertools.count()

@@ -1,0 +1,6 @@
+"""A result of a hundred megabytes."""
+# ruff: noqa
+
+
+def attack():
+    return "x" * 100_000_000

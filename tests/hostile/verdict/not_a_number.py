@@ -1,0 +1,6 @@
+"""NaN, in the hope of a comparison that goes wrong."""
+# ruff: noqa
+
+
+def attack():
+    return float("nan")
