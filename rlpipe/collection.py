@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from rlpipe.errors import NoLiveGroups, VerifierFailed
 from rlpipe.monitor.monitor import Monitor, SampleRow
 from rlpipe.objectives.advantages import has_signal
 from rlpipe.objectives.objective import Objective
+from rlpipe.objectives.overlong import is_overlong, kept, shaped
 from rlpipe.objectives.step_credit import step_advantages
 from rlpipe.rollout.pool import Group, RolloutPool
 from rlpipe.sampling.engine import EngineCounters
@@ -24,8 +24,9 @@ from rlpipe.verifiers.pool import VerifierPool
 
 @dataclass(slots=True)
 class Harvest:
-    """groups: those to learn from, in order of their prompts · trajectories and advantages float32[N]: flat over the groups ·
-    tokens: valid response tokens sampled for the step, dropped groups included."""
+    """groups: those to learn from, in order of their prompts · trajectories and advantages float32[N]: flat over the groups,
+    without responses that are left out of the loss · tokens: valid response tokens sampled for the step, dropped groups
+    included."""
 
     groups: list[Group]
     trajectories: list[Trajectory]
@@ -38,6 +39,7 @@ class Harvest:
         per_group = len(self.groups[0].texts)
         order = [(g, s) for s in range(per_group) for g in range(len(self.groups))][:count]
         trajectories = [self.groups[g].trajectories[s] for g, s in order]
+        advantage = {(t.uid, t.sample): float(a) for t, a in zip(self.trajectories, self.advantages, strict=True)}
         token_texts = rollouts.token_texts([t.response_ids for t in trajectories])
         return [
             SampleRow(
@@ -45,7 +47,7 @@ class Harvest:
                 prompt=self.groups[g].prompt.text,
                 response=self.groups[g].texts[s],
                 reward=float(self.groups[g].rewards[s]),
-                advantage=float(self.advantages[g * per_group + s]),
+                advantage=advantage.get((t.uid, t.sample), 0.0),
                 tokens=t.valid_len,
                 steps=int(t.events.step.max()) + 1,
                 step_map=t.step_map().tolist() if t.is_monotone() else None,
@@ -58,13 +60,13 @@ class Harvest:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts over the rounds of one step. texts: responses and predictions to score · calls: of the verifier for them."""
+    """Counts over the rounds of one step. asked: responses and predictions to score · judged: different ones among them."""
 
     sampled: list[Group] = field(default_factory=list)
     failed: list[VerifierFailed] = field(default_factory=list)
     rounds: int = 0
-    texts: int = 0
-    calls: int = 0
+    asked: int = 0
+    judged: int = 0
     counters: EngineCounters = field(default_factory=EngineCounters)
     rollout_s: float = 0.0
     verify_s: float = 0.0
@@ -112,24 +114,27 @@ class Collector:
             prompts, algo.samples_per_prompt, self.cfg.rollout.decoder, what=what, predictions=self.stride
         )
         sampled_at = time.perf_counter()
-        texts = [_different_texts(group) if self.stride else group.texts for group in groups]
-        scores = self.verifiers.score_groups(
-            [[(group.prompt, text) for text in own] for group, own in zip(groups, texts, strict=True)]
-        )
+        asked, judged = self.verifiers.asked, self.verifiers.judged
+        scores = self.verifiers.score_groups([[(group.prompt, text) for text in _texts(group)] for group in groups])
         tally.rollout_s += sampled_at - started
         tally.verify_s += time.perf_counter() - sampled_at
         tally.counters = tally.counters + counters
-        tally.calls += sum(map(len, texts))
-        tally.texts += sum(len(group.texts) + sum(map(len, group.step_index)) for group in groups)
+        tally.asked += self.verifiers.asked - asked
+        tally.judged += self.verifiers.judged - judged
         scored = []
-        for group, own, score in zip(groups, texts, scores, strict=True):
+        for group, score in zip(groups, scores, strict=True):
             if isinstance(score, VerifierFailed):  # the whole group goes; a failure is never a reward
                 self.monitor.warn(f"step {step}: {score}")
                 tally.failed.append(score)
                 continue
-            group.parts = _take_step_rewards(group, dict(zip(own, score, strict=True))) if self.stride else score
-            group.rewards = np.array([part["reward"] for part in group.parts], np.float32)
+            group.parts = score[: len(group.texts)]
+            if self.stride:
+                _take_step_rewards(group, score[len(group.texts) :])
+            rewards = np.array([part["reward"] for part in group.parts], np.float32)
+            budget = self.cfg.rollout.decoder.max_tokens
+            group.rewards = shaped(rewards, group.trajectories, algo.overlong, budget, algo.overlong_buffer)
             scored.append(group)
+        self.cursor.solved((group.prompt, [part["reward"] for part in group.parts]) for group in scored)
         tally.sampled += scored
         attempted = len(tally.sampled) + len(tally.failed)
         if len(tally.failed) > self.cfg.verifier.max_failed_groups * max(attempted, algo.prompts_per_step):
@@ -148,21 +153,35 @@ class Collector:
             if not any(own.any() for own in step_advantages(steps)):
                 return False
             rewards = np.concatenate(steps)
-        return has_signal(rewards, self.cfg.algo.accuracy_low, self.cfg.algo.accuracy_high)
+        algo = self.cfg.algo
+        live = has_signal(rewards, algo.accuracy_low, algo.accuracy_high)
+        right = [part["correct"] for part in group.parts if "correct" in part]
+        if right and (algo.accuracy_low > 0 or algo.accuracy_high < 1):  # a band of accuracy is not one of weighted rewards
+            live = live and algo.accuracy_low < float(np.mean(right)) < algo.accuracy_high
+        return live and bool(kept(group.trajectories, algo.overlong).any())
 
     def _nothing_to_learn(self, step: int, tally: Tally) -> str:
         rewards = np.concatenate([group.rewards for group in tally.sampled]) if tally.sampled else np.zeros(0)
         mean = f"mean reward {rewards.mean():.3f}" if len(rewards) else "no group scored"
         return (
             f"step {step}: none of {len(tally.sampled)} groups in {tally.rounds} rounds has a learning signal ({mean}; a group "
-            f"needs different rewards, its mean inside {self.cfg.algo.accuracy_low:g} to {self.cfg.algo.accuracy_high:g}). Use "
+            f"needs different rewards, its mean inside {self.cfg.algo.accuracy_low:g} to {self.cfg.algo.accuracy_high:g}"
+            f"{self._overlong_note(tally)}). Use "
             "easier or harder prompts, a higher rollout.decoder.temperature, more algo.samples_per_prompt or refill_rounds, or "
             "a longer warm start"
         )
 
+    def _overlong_note(self, tally: Tally) -> str:
+        if self.cfg.algo.overlong == "score" or not tally.sampled:
+            return ""
+        share = np.mean([is_overlong(t) for group in tally.sampled for t in group.trajectories])
+        return f"; algo.overlong={self.cfg.algo.overlong} struck {share:.0%} of the responses, which ended without EOS"
+
     def _harvest(self, live: Sequence[Group], tally: Tally) -> Harvest:
-        advantages = np.concatenate([self.objective.advantages(group.rewards) for group in live]).astype(np.float32)
+        shown = np.concatenate([kept(group.trajectories, self.cfg.algo.overlong) for group in live])
+        advantages = np.concatenate([self.objective.advantages(group.rewards) for group in live]).astype(np.float32)[shown]
         trajectories = [trajectory for group in live for trajectory in group.trajectories]
+        trajectories = [trajectory for trajectory, show in zip(trajectories, shown, strict=True) if show]
         return Harvest(list(live), trajectories, advantages, tally.counters.tokens, self._metrics(live, tally))
 
     def _metrics(self, live: Sequence[Group], tally: Tally) -> dict[str, float]:
@@ -176,15 +195,20 @@ class Collector:
             f"reward/{name}": float(np.mean([part[name] for g in tally.sampled for part in g.parts if name in part]))
             for name in names
         }
+        if self.cfg.algo.overlong in ("zero", "soft"):
+            parts["reward/before_overlong"] = float(np.mean([part["reward"] for g in tally.sampled for part in g.parts]))
         parts |= self._step_metrics(records, rewards, tally)
         return parts | {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
+            "reward/verifier_calls": float(tally.judged),
+            "reward/verifier_calls_saved": 1.0 - tally.judged / max(1, tally.asked),
             "reward/failed_groups": float(len(tally.failed)),
             "rollout/groups": float(len(tally.sampled)),
             "rollout/rounds": float(tally.rounds),
             "rollout/response_len": float(lengths.mean()),
             "rollout/eos_share": float(np.mean([t.stop == "eos" for t in records])),
+            "rollout/overlong_share": float(np.mean([is_overlong(t) for t in records])),
             "rollout/tokens_per_step": float(lengths.sum() / steps.sum()),
             "rollout/forced_share": float(np.concatenate([t.events.forced for t in records]).mean()),
             "algo/live_groups": float(sum(self._has_signal(group) for group in live)),
@@ -201,27 +225,26 @@ class Collector:
 
     def _step_metrics(self, records: Sequence[Trajectory], rewards: np.ndarray, tally: Tally) -> dict[str, float]:
         """Of all sampled predictions: their mean reward, and the share of responses that some prediction of theirs surpassed
-        (for rewards of 0 and 1: right on the way, wrong in the end); and the share of texts whose verdict another had."""
+        (for rewards of 0 and 1: right on the way, wrong in the end)."""
         if not self.stride:
             return {}
         best = np.array([t.step_rewards.max() for t in records])
         return {
             "reward/step_mean": float(np.concatenate([t.step_rewards for t in records]).mean()),
             "reward/backslide_share": float((best > rewards).mean()),
-            "reward/verifier_calls": float(tally.calls),
-            "reward/verifier_calls_saved": 1.0 - tally.calls / tally.texts,
             "perf/predictions_mb": sum(t.predictions.nbytes for t in records) / 2**20,
         }
 
 
-def _different_texts(group: Group) -> list[str]:
-    """Every text of a group's responses and predictions once: a verdict is of the prompt and the text alone."""
-    return list(dict.fromkeys([*group.texts, *chain.from_iterable(group.step_texts)]))
+def _texts(group: Group) -> list[str]:
+    """The responses, then what the predictions of each read; most of these are alike, and the pool judges what differs."""
+    steps = zip(group.step_texts, group.step_index, strict=True)
+    return [*group.texts, *(texts[place] for texts, index in steps for place in index)]
 
 
-def _take_step_rewards(group: Group, verdicts: dict[str, dict[str, float]]) -> list[dict[str, float]]:
-    """Give each trajectory the rewards of its predictions, from the verdict on each text; returns those on the responses."""
-    rewards = [np.array([verdicts[text]["reward"] for text in texts], np.float32) for texts in group.step_texts]
-    steps = zip(group.trajectories, rewards, group.step_index, strict=True)
-    group.trajectories = [replace(trajectory, step_rewards=own[index]) for trajectory, own, index in steps]
-    return [verdicts[text] for text in group.texts]
+def _take_step_rewards(group: Group, verdicts: Sequence[dict[str, float]]) -> None:
+    """Give each trajectory the rewards of its predictions; verdicts of all of them, in order."""
+    rewards = np.array([verdict["reward"] for verdict in verdicts], np.float32)
+    ends = np.cumsum([len(index) for index in group.step_index])[:-1]
+    steps = zip(group.trajectories, np.split(rewards, ends), strict=True)
+    group.trajectories = [replace(trajectory, step_rewards=own) for trajectory, own in steps]

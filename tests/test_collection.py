@@ -10,6 +10,7 @@ from rlpipe.collection import Collector
 from rlpipe.config import RunConfig
 from rlpipe.errors import NoLiveGroups, VerifierFailed
 from rlpipe.objectives.objective import build_objective
+from rlpipe.objectives.overlong import penalty
 from rlpipe.rollout.pool import Group
 from rlpipe.sampling.engine import EngineCounters
 from rlpipe.trajectory import Predictions, Prompt
@@ -22,6 +23,10 @@ class Script:
     rewards: list
     taken: int = 0
     warnings: list = field(default_factory=list)
+    asked: int = 0
+    judged: int = 0
+    rates: dict = field(default_factory=dict)
+    stops: str = ""  # of a group's responses: l for length, anything else for eos
 
     def take(self, count):
         self.taken += count
@@ -29,29 +34,42 @@ class Script:
 
     def generate(self, prompts, samples, decoder, *, what, predictions=0):
         assert not predictions
-        groups = [
-            Group(p, [trajectory(MONOTONE, uid=p.uid, sample=s) for s in range(samples)], ["x"] * samples) for p in prompts
-        ]
+        groups = [Group(p, [self.record(p.uid, sample) for sample in range(samples)], ["x"] * samples) for p in prompts]
         return groups, EngineCounters(tokens=3 * samples * len(prompts), responses=samples * len(prompts))
 
+    def record(self, uid, sample):
+        stop = "length" if self.stops[sample : sample + 1] == "l" else "eos"
+        return replace(trajectory(MONOTONE, uid=uid, sample=sample), stop=stop)
+
     def score_groups(self, groups):
+        self.asked += sum(map(len, groups))
+        self.judged += len(groups)
         rewards = [self.rewards[int(group[0][0].uid[2:])] for group in groups]
-        return [VerifierFailed("it hung") if r is None else [{"reward": v, "half": v / 2} for v in r] for r in rewards]
+        return [VerifierFailed("it hung") if r is None else [self.verdict(v) for v in r] for r in rewards]
+
+    def verdict(self, value):
+        if isinstance(value, float):
+            return {"reward": value, "half": value / 2}
+        return dict(zip(("reward", "correct"), value, strict=True))
 
     def warn(self, text):
         self.warnings.append(text)
+
+    def solved(self, groups):
+        self.rates.update({prompt.uid: sum(rewards) / len(rewards) for prompt, rewards in groups})
 
 
 ALL, NONE, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 0.0]
 
 
-def collect(rewards, failed_share=0.25, **algo):
+def collect(rewards, failed_share=0.25, stops="", **algo):
     cfg = RunConfig()
+    cfg.rollout.decoder.max_tokens = 4
     cfg.verifier.max_failed_groups = failed_share
     cfg.algo.prompts_per_step, cfg.algo.samples_per_prompt = 3, 4
     for name, value in algo.items():
         setattr(cfg.algo, name, value)
-    script = Script(rewards)
+    script = Script(rewards, stops=stops)
     collector = Collector(cfg, script, script, script, build_objective(cfg.algo), script)
     return collector.collect(5), script
 
@@ -83,6 +101,14 @@ def test_accuracy_bounds():
     assert len(harvest.groups) == 2
 
 
+def test_accuracy_bounds_are_of_what_is_correct_when_rewards_are_made_of_parts():
+    wrong, mixed = [(0.1, 0.0), (0.0, 0.0), (0.1, 0.0), (0.0, 0.0)], [(1.1, 1.0), (0.1, 0.0), (0.1, 0.0), (0.0, 0.0)]
+    assert len(collect([wrong, mixed, mixed], groups="drop")[0].groups) == 3, "a wrong group can still learn the format"
+    harvest, _ = collect([wrong, mixed, mixed], groups="drop", accuracy_low=0.2, accuracy_high=0.8)
+    assert [group.prompt.uid for group in harvest.groups] == ["p/1", "p/2"]
+    assert harvest.metrics["reward/correct"] == pytest.approx(2 / 12)
+
+
 def test_nothing_to_learn_says_what_was_seen():
     with pytest.raises(NoLiveGroups, match=r"step 5: none of 9 groups in 3 rounds.*mean reward 0.333.*warm start"):
         collect([NONE, NONE, ALL] * 5)
@@ -97,6 +123,45 @@ def test_a_failed_group_goes_whole_and_too_many_stop_the_run():
         collect([None, None, MIXED])
 
 
+def test_overlong_answers_score_as_any_unless_told_otherwise():
+    harvest, _ = collect([[1.0, 1.0, 0.0, 0.0]] * 3, stops="lxlx")
+    assert harvest.metrics["rollout/overlong_share"] == 0.5 and "reward/before_overlong" not in harvest.metrics
+    np.testing.assert_allclose(harvest.advantages[:4], [1, 1, -1, -1])
+
+
+def test_overlong_answers_can_earn_nothing():
+    harvest, _ = collect([[1.0, 1.0, 0.0, 0.0], MIXED, [1.0, 1.0, 0.0, 0.0]], stops="lxxx", overlong="zero", groups="drop")
+    assert [g.prompt.uid for g in harvest.groups] == ["p/0", "p/2"], "the only right answer of p/1 never ended"
+    np.testing.assert_allclose(harvest.advantages[:4], np.array([-1, 3, -1, -1]) / 3**0.5, rtol=1e-6)
+    assert harvest.metrics["reward/mean"] == pytest.approx(2 / 12)
+    assert harvest.metrics["reward/before_overlong"] == pytest.approx(5 / 12)
+    assert [part["reward"] for part in harvest.groups[0].parts] == [1, 1, 0, 0], "the verdict itself stays"
+
+
+def test_overlong_answers_can_be_left_out_of_the_loss_and_still_count_in_the_mean():
+    full, _ = collect([[1.0, 1.0, 0.0, 0.0]] * 3)
+    harvest, _ = collect([[1.0, 1.0, 0.0, 0.0]] * 3, stops="lxxl", overlong="drop")
+    assert [(t.uid, t.sample) for t in harvest.trajectories] == [(f"p/{i}", s) for i in range(3) for s in (1, 2)]
+    np.testing.assert_array_equal(harvest.advantages, full.advantages.reshape(3, 4)[:, 1:3].ravel())
+    assert len(harvest.groups[0].trajectories) == 4 and harvest.metrics["reward/mean"] == 0.5
+    with pytest.raises(NoLiveGroups, match="algo.overlong=drop struck 100%"):
+        collect([MIXED] * 9, stops="llll", overlong="drop")
+
+
+def test_overlong_answers_can_be_penalised_softly():
+    harvest, _ = collect([ALL, ALL, ALL], stops="lxxx", overlong="soft", overlong_buffer=2)
+    assert harvest.groups[0].rewards.tolist() == [0.0, 0.5, 0.5, 0.5], "three valid tokens of four, of which two are buffer"
+    assert harvest.metrics["reward/before_overlong"] == 1.0
+
+
+def test_the_soft_penalty_is_a_straight_line():
+    record = trajectory(MONOTONE)
+    got = [penalty(replace(record, valid_len=n), 100, 20) for n in (1, 80, 81, 90, 100)]
+    assert got == [0, 0, pytest.approx(-0.05), -0.5, -1]
+    assert penalty(replace(record, valid_len=100, stop="length"), 100, 20) == -1
+    assert penalty(replace(record, valid_len=85), 100, 0) == pytest.approx(-0.4), "a quarter of the budget"
+
+
 STEPS = Predictions(step=np.arange(3), tokens=np.zeros((3, 4), np.int32), confidence=np.zeros((3, 4), np.float32))
 
 
@@ -105,7 +170,7 @@ class StepScript(Script):
     """Prompt i has a response for each of paths[i], the texts that its three predictions read; the last is the answer. A text's
     first character is its reward, x fails the group."""
 
-    asked: list = field(default_factory=list)
+    texts: list = field(default_factory=list)
 
     def generate(self, prompts, samples, decoder, *, what, predictions=0):
         assert predictions == 2, "the planner's stride"
@@ -120,7 +185,9 @@ class StepScript(Script):
         return groups, EngineCounters(tokens=1, responses=1)
 
     def score_groups(self, groups):
-        self.asked += [[text for _, text in group] for group in groups]
+        self.texts += [[text for _, text in group] for group in groups]
+        self.asked += sum(map(len, groups))
+        self.judged += sum(len({text for _, text in group}) for group in groups)
         return [
             VerifierFailed("it hung")
             if any(text[0] == "x" for _, text in group)
@@ -140,9 +207,9 @@ def collect_steps(paths, **algo):
     return Collector(cfg, script, script, script, build_objective(cfg.algo), script).collect(5), script
 
 
-def test_predictions_are_scored_once_a_text_and_steps_get_their_rewards():
+def test_predictions_are_scored_with_the_responses_and_steps_get_their_rewards():
     harvest, script = collect_steps([["0a 1b 0a", "0c 1b 1d"]], groups="keep")
-    assert script.asked == [["0a", "1d", "1b", "0c"]]
+    assert script.texts == [["0a", "1d", "0a", "1b", "0a", "0c", "1b", "1d"]]
     group = harvest.groups[0]
     assert [t.step_rewards.tolist() for t in harvest.trajectories] == [[0, 1, 0], [0, 1, 1]]
     assert all(t.step_rewards.dtype == np.float32 for t in harvest.trajectories)

@@ -8,7 +8,7 @@ from rlpipe.cluster import Role, place
 from rlpipe.config import VerifierConfig
 from rlpipe.errors import VerifierFailed
 from rlpipe.trajectory import Prompt
-from rlpipe.verifiers.pool import VerifierPool, _batches
+from rlpipe.verifiers.pool import VerifierPool, _batches, _different
 
 FAULTY = f"{Path(__file__).parent / 'faulty_verifiers.py'}:misbehave"
 
@@ -49,13 +49,58 @@ def test_a_worker_killed_in_mid_call_costs_nothing(pool, tmp_path):
 
 def test_a_large_group_is_scored_by_several_calls(pool):
     prompt = Prompt(uid="large", task="t", text="")
-    large = [(prompt, "a")] * 11
+    large = [(prompt, f"a{i}") for i in range(11)]
     scores = pool.score_groups([large, groups("b")[0], [*large[:9], (prompt, "raise"), *large]])
     assert scores[:2] == [[{"reward": 1.0}] * 11, [{"reward": 1.0}] * 2]
     assert isinstance(scores[2], VerifierFailed) and "large" in str(scores[2])
+
+
+def test_equal_texts_are_judged_once(pool, tmp_path):
+    prompt = Prompt(uid="p", task="t", text="")
+    asked, judged = pool.asked, pool.judged
+    once = f"once {tmp_path / 'seen'}"
+    assert pool.score_states(prompt, ["a", "b", "a", once, once, "a"]) == [{"reward": 1.0}] * 6
+    assert (pool.asked - asked, pool.judged - judged) == (6, 3)
+    with pytest.raises(VerifierFailed, match="I cannot judge this"):
+        pool.score_states(prompt, ["a", "raise"])
+    assert pool.score_states(prompt, []) == []
+
+
+def test_equal_texts_of_other_prompts_are_others():
+    one, other = (Prompt(uid=uid, task="t", text="") for uid in "xy")
+    assert _different([(one, "a"), (other, "a"), (one, "b"), (one, "a")]) == (
+        [0, 1, 2, 0],
+        [(one, "a"), (other, "a"), (one, "b")],
+    )
+
+
+def test_prompts_and_parts_of_all_kinds_share_a_pool(ray_session):
+    placement = place([Role("verifier", 1, 0.1)], 60)
+    cfg = VerifierConfig(parts={"task": 1.0, "format": 0.5}, options={"extract": "boxed"}, workers=1)
+    pool = VerifierPool(cfg, "math", placement)
+    try:
+        easy = Prompt(uid="m", task="t", text="", answer={"answer": "1/2"})
+        game = Prompt(uid="c", task="t", text="", answer={"numbers": [1, 2], "target": 3}, verifier="countdown")
+        texts = r"\boxed{\frac{1}{2}}", "0.5", r"\boxed{1+2}"
+        scores = pool.score_groups([[(prompt, text) for text in texts] for prompt in (easy, game)])
+    finally:
+        pool.close()
+        placement.remove()
+    assert [[s["reward"] for s in score] for score in scores] == [[1.5, 0.0, 0.5], [0.5, 0.0, 1.5]]
+    assert scores[0][0] == {"reward": 1.5, "correct": 1.0, "task": 1.0, "task_timeout": 0.0, "format": 1.0}
 
 
 def test_batches_keep_groups_whole():
     sized = [[None] * n for n in (3, 3, 1, 9, 2)]
     assert _batches(sized, 4) == [[0], [1, 2], [3], [4]]
     assert [i for batch in _batches(sized, 100) for i in batch] == list(range(5))
+
+
+def test_verifiers_that_limit_themselves_are_given_the_time_for_it(pool):
+    stdio = {"tests": {"kind": "stdio", "inputs": ["1"] * 5, "outputs": ["1"] * 5, "time_limit_s": 2.0}}
+    code = Prompt(uid="code", task="t", text="", verifier="code", answer=stdio)
+    math = Prompt(uid="math", task="t", text="", verifier="math", answer={"answer": "1"})
+    plain = Prompt(uid="plain", task="t", text="")
+    assert pool._deadline([[[(plain, "a")] * 9]]) == 4.0, "of the configuration: the verifier sets itself no limit"
+    assert pool._deadline([[[(math, "a")] * 2], [[(plain, "a")]]]) == 8.0
+    assert pool._deadline([[[(code, "a")], [(code, "a"), (plain, "a")]]]) == 2 * 3 * (2 * 2.0 + 2)

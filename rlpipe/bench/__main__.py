@@ -27,7 +27,18 @@ def _presets(arguments: list[str]) -> None:
     main(arguments)
 
 
-BENCHES: dict[str, Callable[[list[str]], None]] = {"rollout": _rollout, "learner": _learner, "presets": _presets}
+def _verifiers(arguments: list[str]) -> None:
+    from rlpipe.bench.verifiers import main
+
+    main(arguments)
+
+
+BENCHES: dict[str, Callable[[list[str]], None]] = {
+    "rollout": _rollout,
+    "learner": _learner,
+    "presets": _presets,
+    "verifiers": _verifiers,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

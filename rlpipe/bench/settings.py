@@ -124,7 +124,7 @@ def _check(settings: Any) -> None:
         least = 0 if name in ("slots", "threads", "seed", "sequential_n") else 1
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: it must be at least {least}")
-    if isinstance(settings, PresetSettings):
+    if not hasattr(settings, "device"):
         return
     choices = {"device": ("cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "baselines": ("published", "none")}
     if isinstance(settings, RolloutSettings):

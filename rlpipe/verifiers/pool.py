@@ -9,6 +9,7 @@ from rlpipe.cluster import Placement
 from rlpipe.config import VerifierConfig
 from rlpipe.errors import VerifierFailed
 from rlpipe.trajectory import Prompt
+from rlpipe.verifiers.scorer import Scorer
 from rlpipe.verifiers.worker import VerifierWorker
 
 Items = Sequence[tuple[Prompt, str]]
@@ -16,15 +17,21 @@ GroupScore = list[dict[str, float]]
 
 
 class VerifierPool:
-    """cfg.workers actors with cfg.name's verifier, or the task's own (`default_name`)."""
+    """cfg.workers actors that judge as section `verifier` says; default_name: the task's own verifier.
+
+    A verdict is of the prompt and the text alone, so equal texts in a group are judged once. asked, judged: counts of texts
+    since the start, given and different ones.
+    """
 
     def __init__(self, cfg: VerifierConfig, default_name: str, placement: Placement, start_timeout_s: float = 300.0):
         import ray
 
-        self.cfg, self.name = cfg, cfg.name or default_name
+        self.cfg, self.scorer = cfg, Scorer(cfg, default_name)
+        self.name = str(self.scorer)
+        self.asked = self.judged = 0
         actor = ray.remote(VerifierWorker)
         self.pool = ActorPool(
-            lambda index: actor.options(**placement.options("verifier", index)).remote(self.name),
+            lambda index: actor.options(**placement.options("verifier", index)).remote(cfg, default_name),
             cfg.workers,
             name="verifier",
             retries=cfg.retries,
@@ -34,9 +41,26 @@ class VerifierPool:
     def score_groups(self, groups: Sequence[Items]) -> list[GroupScore | VerifierFailed]:
         """One entry a group, in order: a dict for each response, or the failure of the whole group.
 
-        Groups are scored several to a call, groups of more than `batch_size` responses by several calls; a call that fails for
-        good is taken apart, so that only the guilty group fails.
+        Groups are scored several to a call, groups of more than `batch_size` different responses by several calls; a call that
+        fails for good is taken apart, so that only the guilty group fails.
         """
+        places, different = zip(*map(_different, groups), strict=True) if groups else ((), ())
+        self.asked += sum(map(len, groups))
+        self.judged += sum(map(len, different))
+        scores = self._score_different(different)
+        return [
+            score if isinstance(score, VerifierFailed) else [dict(score[place]) for place in own]
+            for score, own in zip(scores, places, strict=True)
+        ]
+
+    def score_states(self, prompt: Prompt, texts: Sequence[str]) -> list[dict[str, float]]:
+        """A dict for each text: what the full predictions of one response, or of several, are worth. Raises VerifierFailed."""
+        (score,) = self.score_groups([[(prompt, text) for text in texts]])
+        if isinstance(score, VerifierFailed):
+            raise score
+        return score
+
+    def _score_different(self, groups: Sequence[Items]) -> list[GroupScore | VerifierFailed]:
         size = self.cfg.batch_size
         pieces = [(i, group[at : at + size]) for i, group in enumerate(groups) for at in range(0, len(group), size)]
         scores: list[GroupScore | VerifierFailed] = [[] for _ in groups]
@@ -64,10 +88,29 @@ class VerifierPool:
             Call("score", ([item for group in batch for item in group],), label=f"scoring {batch[0][0][0].uid} …")
             for batch in batches
         ]
-        return self.pool.run(calls, timeout_s=self.cfg.timeout_s, what=f"verifier {self.name}") if calls else []
+        return self.pool.run(calls, timeout_s=self._deadline(batches), what=f"verifier {self.name}") if calls else []
+
+    def _deadline(self, batches: list[list[Items]]) -> float:
+        """Seconds: verifiers that end their own work, as that of programs, are given the time for it; else a batch of programs
+        that never end would look like a dead verifier."""
+        own = [sum(self.scorer.longest(prompt) for group in batch for prompt, _ in group) for batch in batches]
+        return max([self.cfg.timeout_s, *own])
 
     def close(self) -> None:
         self.pool.close()
+
+
+def _different(group: Items) -> tuple[list[int], list[tuple[Prompt, str]]]:
+    """(index of each item among the different ones, those in order of their first appearance).
+
+    Items are equal if their prompts' uids and their texts are.
+    """
+    first: dict[tuple[str, str], int] = {}
+    different = []
+    for prompt, text in group:
+        if first.setdefault((prompt.uid, text), len(different)) == len(different):
+            different.append((prompt, text))
+    return [first[prompt.uid, text] for prompt, text in group], different
 
 
 def _batches(groups: Sequence[Items], size: int) -> list[list[int]]:
