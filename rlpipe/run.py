@@ -9,22 +9,25 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rlpipe.config import RunConfig
+from rlpipe.contradictions import CONVERT
 from rlpipe.errors import CheckpointError, ConfigError, DataError, ModelError, RlpipeError
 
 log = logging.getLogger("rlpipe")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe; returns the process's exit code. Every expected failure is one message with its remedy."""
+def main(arguments: list[str] | None = None, command: Callable[[list[str]], int] | None = None) -> int:
+    """Run a recipe, or another command with the same manners; returns the process's exit code. Every expected failure is one
+    message with its remedy."""
     # Threads that wait must sleep: spinning, two of them on a machine with one free core were seen to take 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     try:
-        return run(sys.argv[1:] if arguments is None else arguments)
+        return (command or run)(sys.argv[1:] if arguments is None else arguments)
     except (ConfigError, DataError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -38,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> int:
     from rlpipe import recipe
-    from rlpipe.data.registry import build_source
+    from rlpipe.data.registry import source_of
     from rlpipe.plan import describe
+    from rlpipe.warm_start import with_converted_model
 
     if "help=true" in arguments or "--help" in arguments or "-h" in arguments:
         print(recipe.document())
@@ -51,9 +55,8 @@ def run(arguments: list[str]) -> int:
         for warning in warnings:
             print(f"warning: {warning}")
         return 0
-    source = build_source(cfg.data, cfg.seed)
-    check_model(cfg)
-    check_parts(cfg, source)
+    source = source_of(with_converted_model(cfg))  # templates and token counts may need the model's folder
+    check_parts(cfg, source, check_model(cfg))
     run_dir, resume_from = run_folder(cfg)
     if resume_from is not None and finished(cfg, resume_from):
         print(f"{run_dir} is finished (step {cfg.steps}); raise steps= to train on, or give resume=never to start anew")
@@ -64,11 +67,12 @@ def run(arguments: list[str]) -> int:
 def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str]) -> int:
     """Connect, build the driver, run it, leave a summary."""
     from rlpipe import checkpoint, cluster, recipe
+    from rlpipe.data import pass_rates, report
     from rlpipe.data.source import Cursor
     from rlpipe.driver import Driver
     from rlpipe.monitor.monitor import Monitor
     from rlpipe.plan import roles
-    from rlpipe.sft import initial_model
+    from rlpipe.warm_start import initial_model
 
     saved = checkpoint.read_state(resume_from) if resume_from else None
     if saved:
@@ -83,6 +87,8 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
             monitor.note(cfg.description.strip())
         for warning in warnings:
             monitor.warn(warning)
+        if report.write(source.reports, run_dir / report.NAME):
+            monitor.note(f"records that were left out: {run_dir / report.NAME}")
         needed = roles(cfg)
         cluster.connect(
             cfg.cluster,
@@ -93,7 +99,8 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         with monitor.phase("warm start on demonstrations", cfg.warm_start.steps) as phase:
             folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
         placement = cluster.place(needed, cfg.cluster.start_timeout_s)
-        driver = Driver(cfg, run_dir, monitor, source, Cursor(source), str(folder.resolve()), placement, resume_from)
+        cursor = Cursor(source, pass_rates.PassRateLog(run_dir / pass_rates.NAME))
+        driver = Driver(cfg, run_dir, monitor, source, cursor, str(folder.resolve()), placement, resume_from)
         summary = driver.run()
         status = "finished"
         monitor.finish(summary, status=status)
@@ -120,23 +127,29 @@ def cluster_resources(cfg: RunConfig) -> dict[str, float] | None:
     return resources
 
 
-def check_model(cfg: RunConfig) -> None:
-    """Refuse a model folder that cannot be used before anything starts; tiny models are made on the spot."""
-    from rlpipe.models.loading import read_spec
+def check_model(cfg: RunConfig) -> int:
+    """Refuse a model that cannot be used before anything starts, and fetch one from the hub; returns its attention block, 0 for
+    full attention. Tiny and converted models are made on the spot."""
+    from rlpipe.contradictions import block_size
+    from rlpipe.models import loading
 
-    if not cfg.model.path.startswith("tiny:"):
-        read_spec(cfg.model.path)
+    if cfg.model.path.startswith(("tiny:", CONVERT)):
+        return block_size(cfg) or 0
+    return loading.check_model(cfg.model.path, **loading.settings_of(cfg.model)).spec.block_size
 
 
-def check_parts(cfg: RunConfig, source) -> None:
-    """Refuse a decoder that contradicts the model, or a verifier that is not there, before anything starts."""
-    from rlpipe.contradictions import block_size, decoder_of_eval
+def check_parts(cfg: RunConfig, source, size: int) -> None:
+    """Refuse a decoder that contradicts the model, a verifier that is not there and answers that it cannot read, before
+    anything starts. size: of the model's attention block, 0 for full attention."""
+    from rlpipe.contradictions import decoder_of_eval
+    from rlpipe.data.registry import check_block_sizes
     from rlpipe.models.spec import DiffusionSpec
     from rlpipe.sampling.decoder import Decoder
-    from rlpipe.verifiers.registry import load_verifier
+    from rlpipe.verifiers.checking import check_answers
 
-    load_verifier(cfg.verifier.name or source.verifier)
-    size = block_size(cfg) or 0
+    source.prompt(0)  # a task for evaluation has none, and says so
+    check_answers(source, cfg.verifier)
+    check_block_sizes(source, size, cfg.model.path)
     spec = DiffusionSpec(mask_token_id=0, attention="block" if size else "full", block_size=size)
     for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
         try:

@@ -299,3 +299,5 @@ def test_learning_rates():
     assert [learning_rate(config, 1.0, i, 8) for i in (4, 6, 8, 9)] == [1.0, 0.5, 0.0, 0.0]
     config.lr_schedule = "cosine"
     assert [learning_rate(config, 1.0, i, 8) for i in (4, 6, 8)] == pytest.approx([1.0, 0.5, 0.0])
+    config.lr_floor = 0.2
+    assert [learning_rate(config, 1.0, i, 8) for i in (4, 6, 8)] == pytest.approx([1.0, 0.6, 0.2])

@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -49,13 +49,13 @@ COLUMNS = (
 )
 
 
-def header() -> str:
-    return " ".join(["  step", *(column.title.rjust(column.width) for column in COLUMNS)])
+def header(columns: Sequence[Column] = COLUMNS) -> str:
+    return " ".join(["  step", *(column.title.rjust(column.width) for column in columns)])
 
 
-def row(step: int, metrics: Mapping[str, float]) -> str:
+def row(step: int, metrics: Mapping[str, float], columns: Sequence[Column] = COLUMNS) -> str:
     """One aligned line; missing metrics are blank."""
-    return " ".join([f"{step:6d}", *(column.text(metrics.get(column.key)) for column in COLUMNS)]).rstrip()
+    return " ".join([f"{step:6d}", *(column.text(metrics.get(column.key)) for column in columns)]).rstrip()
 
 
 def printable(text: str) -> str:
@@ -87,9 +87,11 @@ class Phase:
 
 
 class Console:
-    """stream: None for standard output · progress_s: seconds between two lines of a phase, if not a terminal."""
+    """stream: None for standard output · progress_s: seconds between two lines of a phase, if not a terminal · columns: of a
+    step's row."""
 
-    def __init__(self, stream: TextIO | None = None, progress_s: float = 10.0):
+    def __init__(self, stream: TextIO | None = None, progress_s: float = 10.0, columns: Sequence[Column] = COLUMNS):
+        self.columns = columns
         self.stream = sys.stdout if stream is None else stream
         self.progress_s, self._rows = progress_s, 0
         self._rich: Any = None
@@ -118,15 +120,15 @@ class Console:
     def row(self, step: int, metrics: Mapping[str, float]) -> None:
         """The step's row, under a header that returns every HEADER_EVERY rows."""
         if self._rows % HEADER_EVERY == 0:
-            self.line(header(), "bold underline")
+            self.line(header(self.columns), "bold underline")
         self._rows += 1
         if self._rich is None:
-            self.line(row(step, metrics))
+            self.line(row(step, metrics, self.columns))
             return
         from rich.text import Text
 
         styled = Text().append(f"{step:6d}", style="cyan")
-        for column in COLUMNS:
+        for column in self.columns:
             value = metrics.get(column.key)
             broken = value is not None and not math.isfinite(value)
             styled.append(" ").append(column.text(value), style="bold red" if broken else column.style or None)

@@ -11,7 +11,7 @@ from typing import Any
 from rlpipe.errors import CheckpointError
 from rlpipe.monitor.files import append_line, write_text, writing
 
-SECTIONS = ("reward", "rollout", "algo", "value", "parity", "perf", "eval")
+SECTIONS = ("reward", "rollout", "algo", "sft", "value", "parity", "perf", "eval")
 
 
 class MetricsLog:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from rlpipe.config import RunConfig
 from rlpipe.errors import CheckpointError
-from rlpipe.monitor.console import Console, Phase, printable
+from rlpipe.monitor.console import COLUMNS, Column, Console, Phase, printable
 from rlpipe.monitor.files import write_json, write_text, writing
 from rlpipe.monitor.latest import point_latest
 from rlpipe.monitor.machine import machine_facts, package_versions
@@ -28,7 +28,7 @@ class Monitor:
 
     Creates `run_dir` with config.yaml, metrics.jsonl and trajectories/; `<output_dir>/<recipe>/latest` points at it.
     resume: {"step": of the checkpoint, "wandb_id": from `state()`}; what was logged after that step is dropped, since
-    it is about to be logged again. stream: of the console, standard output if None. progress_s: see `Console`.
+    it is about to be logged again. stream: of the console, standard output if None. progress_s, columns: see `Console`.
     Raises CheckpointError if the folder cannot be written or holds another run.
     """
 
@@ -41,9 +41,10 @@ class Monitor:
         resume: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
         progress_s: float = 10.0,
+        columns: Sequence[Column] = COLUMNS,
     ):
         self.run_dir, self.cfg, self.warnings = Path(run_dir), cfg, 0
-        self.console = Console(stream, progress_s)
+        self.console = Console(stream, progress_s, columns)
         self.store = SampleStore(self.run_dir / "trajectories")
         step = None if resume is None else int(resume["step"])
         with writing(self.run_dir):
@@ -169,6 +170,9 @@ def closing_lines(summary: Mapping[str, Any], run_dir: Path, wandb_where: str, s
     before, after = summary.get("eval_start"), summary.get("eval_final")
     if before is not None and after is not None:
         lines.append(f"  held-out accuracy   {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+    before, after = summary.get("held_out_start"), summary.get("held_out_final")
+    if before is not None and after is not None:
+        lines.append(f"  held-out loss       {before:.4f} nats a token before, {after:.4f} after ({after - before:+.4f})")
     if summary.get("parity_max_abs_delta") is not None:
         lines.append(f"  parity              {summary['parity_max_abs_delta']:.1e} at most between rollout and learner")
     if summary.get("tokens_per_s"):
@@ -176,6 +180,8 @@ def closing_lines(summary: Mapping[str, Any], run_dir: Path, wandb_where: str, s
     if summary["warnings"]:
         lines.append(f"  warnings            {summary['warnings']}, see {run_dir / 'log.txt'}")
     lines.append("look next:")
+    if summary.get("model"):
+        lines.append(f"  model               {summary['model']}")
     lines.append(f"  report              {run_dir / 'report.html'}")
     lines.append(f"  metrics             {run_dir / 'metrics.jsonl'}")
     if wandb_where:

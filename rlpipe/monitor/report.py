@@ -34,6 +34,7 @@ def _decoders(suffix: str) -> dict[str, str]:
 CHARTS = (  # title, {name of the line: key}, logarithmic
     ("Held-out accuracy", _decoders(""), False),
     ("Mean reward", {"reward": "reward/mean"}, False),
+    ("Loss, nats a token", {"training": "sft/loss", "held out": "eval/loss"}, False),
     ("Parity: largest |Δ log p|", {"delta": "parity/max_abs_delta"}, True),
     ("Entropy", {"entropy": "algo/entropy"}, False),
     ("Ratios clipped", {"share": "algo/clip_fraction"}, False),
@@ -143,6 +144,7 @@ def _tiles(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
     for label, (before, after) in (
         ("Held-out accuracy", solved if None not in solved else ends("eval/accuracy")),
         ("Mean reward", ends("reward/mean")),
+        ("Held-out loss", ends("eval/loss")),
     ):
         if before is not None:
             yield _tile(label, f"{before:.3f} → {after:.3f}", f"{after - before:+.3f}")

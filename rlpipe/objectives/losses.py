@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rlpipe.errors import ConfigError
+
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LOG_RATIO_BOUND = 10.0  # |log ratio| beyond which a ratio is held constant: its exp() could overflow
 DYNAMIC_CEILING = 10.0  # of the upper bound of `Clip.dynamic`, which grows without end as probabilities fall
@@ -38,6 +40,26 @@ class Clip:
         lower = 0.5 + 0.5 * (1.0 - 4.0 * self.low * inverse).clamp(min=0.0).sqrt()
         upper = 0.5 + 0.5 * (1.0 + 4.0 * self.high * inverse).sqrt()
         return lower, upper.clamp(max=DYNAMIC_CEILING)
+
+
+@dataclass(frozen=True, slots=True)
+class Certainty:
+    """Certainty forcing (dParallel, arXiv 2509.26488): + entropy_weight · entropy of softmax(logits / entropy_temperature) on
+    the scored tokens whose most likely prediction is already right.
+
+    Such an entropy counts with its token's own weight, so that the term adds up over any split of an update. The published code
+    divides by the number of right tokens of a micro-batch instead: the two agree as that number grows to all.
+    """
+
+    entropy_weight: float = 2.0
+    entropy_temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.entropy_weight < 0 or self.entropy_temperature <= 0:
+            raise ConfigError(
+                f"algo.options.entropy_weight={self.entropy_weight} must not be negative, entropy_temperature="
+                f"{self.entropy_temperature} must be above 0"
+            )
 
 
 def ratio_of(logp: torch.Tensor, old_logp: torch.Tensor, log_ratio_bound: float = LOG_RATIO_BOUND) -> torch.Tensor:

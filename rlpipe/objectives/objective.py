@@ -21,7 +21,7 @@ from rlpipe.objectives.advantages import ADVANTAGES, group_advantages
 from rlpipe.objectives.bounds import Sandwich
 from rlpipe.objectives.entries import Entries
 from rlpipe.objectives.estimators import AllMasked, LeftToRight, SampledSteps, Segments
-from rlpipe.objectives.losses import KL_ESTIMATORS, Clip, importance_weight, kl_penalty, likelihood_loss, policy_loss
+from rlpipe.objectives.losses import KL_ESTIMATORS, Certainty, Clip, importance_weight, kl_penalty, likelihood_loss, policy_loss
 from rlpipe.objectives.masking import BlockMasks, ComplementaryMasks, CoupledMasks, select_scored
 from rlpipe.objectives.planner import Planner, RandomMask, Replay, counted_tokens, response_blocks
 from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS, unit_weights
@@ -41,18 +41,20 @@ class Preset:
 
     planner: the class of its row planner; algo.shrink and algo.options fill its fields · loss: see `losses.policy_loss` ·
     bound: the class of a join that is not a sum, for the loss alone (its fields are filled from algo.options too); None: units
-    are sums.
+    are sums · certainty: the class of a term on the entropy of what is already right, filled likewise; None: there is none.
     """
 
     planner: type[Planner]
     loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Clip], torch.Tensor] = policy_loss
     bound: type[Sandwich] | None = None
+    certainty: type[Certainty] | None = None
 
-    def make(self, algo: AlgoConfig) -> tuple[Planner, Sandwich | None]:
-        """The planner and the bound. Raises ConfigError for a number that neither has, with the nearest one."""
+    def make(self, algo: AlgoConfig) -> tuple[Planner, Sandwich | None, Certainty | None]:
+        """The planner, the bound and the certainty. Raises ConfigError for a number that none has, with the nearest one."""
         known = [field.name for field in fields(self.planner)]
-        of_bound = [field.name for field in fields(self.bound)] if self.bound else []
-        allowed = [name for name in (*known, *of_bound) if name != "shrink"]
+        extras = (self.bound, self.certainty)
+        of_extras = [[field.name for field in fields(extra)] if extra else [] for extra in extras]
+        allowed = [name for name in sum(of_extras, known) if name != "shrink"]
         for name in algo.options:
             if name not in allowed:
                 near = get_close_matches(name, allowed, 1, 0.0)
@@ -63,7 +65,11 @@ class Preset:
             raise ConfigError(f"algo.shrink={algo.shrink}: {wanted}")
         own = {name: value for name, value in algo.options.items() if name in known}
         planner = self.planner(**({"shrink": algo.shrink} if "shrink" in known else {}), **own)
-        return planner, self.bound(**{k: v for k, v in algo.options.items() if k in of_bound}) if self.bound else None
+        bound, certainty = (
+            extra(**{name: value for name, value in algo.options.items() if name in names}) if extra else None
+            for extra, names in zip(extras, of_extras, strict=True)
+        )
+        return planner, bound, certainty
 
 
 PRESETS: dict[str, Preset] = {
@@ -92,6 +98,7 @@ class Objective:
     planner: Planner
     bound: Sandwich | None = None
     max_tokens: int | None = None
+    certainty: Certainty | None = None
 
     @property
     def replays_rollout(self) -> bool:
@@ -164,8 +171,9 @@ class Objective:
 
         logp carries the gradient; old_logp is the ratio's denominator: the policy that opened the step, and the KL's reference
         unless ref_logp is given. behaviour_logp: of the sampler where it was another distribution, NaN elsewhere; a unit with
-        any NaN counts as the policy's own, see `importance_weight`. entropy: nats, only reported. Raises ValueError if a
-        reference is needed and not given.
+        any NaN counts as the policy's own, see `importance_weight`. entropy: nats, only reported; where the preset forces
+        certainty, that of the right tokens, 0 elsewhere, which then joins the loss. Raises ValueError if a reference is needed
+        and not given.
         """
         if self.needs_reference and ref_logp is None:
             raise ValueError(f"algo.kl_reference={self.algo.kl_reference}: the loss needs the reference's log-probabilities")
@@ -186,6 +194,10 @@ class Objective:
         if algo.kl_coef:
             kl = algo.kl_coef * (entries.kl_weight * kl_penalty(unit, reference, algo.kl_estimator)).sum()
         loss = policy + kl
+        if self.certainty is not None:
+            certain = self.certainty.entropy_weight * (entries.policy_weight * entropy).sum()
+            loss = loss + certain
+            sums["certainty_loss"] = certain.detach()
         sums |= {"loss": loss.detach(), "policy_loss": policy.detach(), "kl_loss": kl.detach()}
         sums["tokens"] = torch.ones_like(logp, dtype=torch.float32).sum().detach()
         if ref_logp is not None:
@@ -229,8 +241,10 @@ def build_objective(algo: AlgoConfig, max_tokens: int | None = None) -> Objectiv
     for name in ("clip_low", "clip_high", "clip_dual", "kl_coef", "random_share"):
         if not getattr(algo, name) >= 0:
             raise ConfigError(f"algo.{name}={getattr(algo, name)}: must not be negative")
-    planner, bound = preset.make(algo)
-    objective = Objective(preset, algo, planner, bound, max_tokens)
+    planner, bound, certainty = preset.make(algo)
+    objective = Objective(preset, algo, planner, bound, max_tokens, certainty)
+    if certainty is not None and algo.ratio != "token":
+        raise ConfigError(f"algo.ratio={algo.ratio}: certainty is forced token by token; set algo.ratio=token")
     if bound is not None and algo.ratio != "sequence":
         raise ConfigError(f"algo.ratio={algo.ratio}: preset {algo.preset} bounds whole responses; set algo.ratio=sequence")
     if objective.needs_step_rewards and algo.ratio in ("position", "sequence"):

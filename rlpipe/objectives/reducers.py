@@ -15,7 +15,7 @@ from rlpipe.objectives.units import Units
 
 NORMALIZERS = (
     "response_length", "row_mean", "step_mean", "step_sum", "sequence_mean", "response_sum", "token_mean", "length_mean",
-    "constant",
+    "weight_mean", "constant",
 )  # fmt: skip
 KL_NORMALIZERS = (*NORMALIZERS, "row_sum", "length_sum")
 
@@ -38,14 +38,16 @@ def unit_weights(
     - row_sum: 1 / R. The KL term of TraceRL's full-attention code; not meant for the policy term.
     - sequence_mean: the mean over a response's units, then over the responses that score any (GRPO).
     - token_mean: 1 / all units (DAPO).
+    - weight_mean: 1 / the sum of all units' own weights: their weighted mean, for rows that bring such weights (supervised
+      training).
     - length_mean: as token_mean, a unit counted as often as it spans tokens, so that a response weighs by its length. SPG
       (arXiv 2510.09541).
     - length_sum: as response_sum, a unit counted so. The KL term of ESPO (arXiv 2512.03759), whose units are per token.
     - constant: 1 / (N · max_tokens) (Dr.GRPO).
 
-    A unit's own weight multiplies all of these and changes no denominator. A response without units gets an empty array.
-    Raises ConfigError for another normalizer, or `constant` without max_tokens; ValueError if units and response_lens differ
-    in number.
+    A unit's own weight multiplies all of these and changes no denominator but weight_mean's. A response without units gets an
+    empty array. Raises ConfigError for another normalizer, or `constant` without max_tokens; ValueError if units and
+    response_lens differ in number.
     """
     if len(units) != len(response_lens):
         raise ValueError(f"units of {len(units)} responses, {len(response_lens)} response lengths")
@@ -77,6 +79,9 @@ def _weights(units: Sequence[Units], normalizer: str, response_lens: Sequence[in
     if normalizer == "length_mean":
         tokens = sum(int(own.span.sum()) for own in units)
         return [own.span / tokens for own in units]
+    if normalizer == "weight_mean":
+        total = sum(float(own.weight.sum(dtype=np.float64)) for own in units)
+        return [np.full(len(own), 1.0 / total) for own in units]
     if normalizer == "length_sum":
         return [own.span / live for own in units]
     flat = {

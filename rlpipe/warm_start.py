@@ -13,15 +13,18 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rlpipe.config import RunConfig, WarmStartConfig
+from rlpipe.contradictions import CONVERT, CONVERTED_BLOCK_SIZE, block_size
 from rlpipe.errors import DataError
-from rlpipe.models.loading import load_model, load_tokenizer, save_model
+from rlpipe.models.conversion import converted
+from rlpipe.models.hub import model_folder
+from rlpipe.models.loading import load_model, load_tokenizer, save_model, settings_of
 from rlpipe.models.packing import make_piece, pack
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.tiny import KINDS, build_tiny
@@ -34,22 +37,25 @@ FINAL_LR_SHARE = 0.1
 
 
 def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Folder with the weights that RL starts from: the recipe's own, or a tiny model, warm-started if the recipe says so.
+    """Folder with the weights that training starts from: the recipe's own, a tiny model, or `convert:SOURCE`, a causal LM made
+    a diffusion LM (see `models.conversion`); warm-started if the recipe says so.
 
     Made once and cached under `<output_dir>/cache` by content: model, task, warm start and seed. `source` is a prompt source
     (`alphabet`, `demonstration(index)`). progress(done, total) is called every supervised step.
     """
+    cfg = with_converted_model(cfg)
     if cfg.model.path not in KINDS and not cfg.warm_start.steps:
-        load_tokenizer(cfg.model.path)
-        return Path(cfg.model.path)
+        folder = model_folder(cfg.model.path, cfg.model.revision)
+        load_tokenizer(folder)
+        return folder
     folder = Path(cfg.output_dir) / "cache" / f"initial-{_content_hash(cfg)}"
     if (folder / "config.json").is_file():
         return folder
     if cfg.model.path in KINDS:
         model, tokenizer = build_tiny(cfg.model, source.alphabet, cfg.seed)
     else:
-        tokenizer = load_tokenizer(cfg.model.path)
-        model = load_model(cfg.model.path, cfg.model.dtype, cfg.model.block_size)
+        tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
+        model = load_model(cfg.model.path, cfg.model.dtype, **settings_of(cfg.model))
     if cfg.warm_start.steps:
         losses = train(
             model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress
@@ -63,6 +69,15 @@ def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] |
     except OSError:  # another run made the same folder meanwhile; it holds the same weights
         shutil.rmtree(partial)
     return folder
+
+
+def with_converted_model(cfg: RunConfig) -> RunConfig:
+    """The configuration with the converted folder for `convert:SOURCE`; made once and cached. Others come back as they are."""
+    if not cfg.model.path.startswith(CONVERT):
+        return cfg
+    cache = Path(cfg.output_dir) / "cache"
+    folder = converted(cfg.model.path.removeprefix(CONVERT), cache, block_size(cfg) or CONVERTED_BLOCK_SIZE)
+    return replace(cfg, model=replace(cfg.model, path=str(folder)))
 
 
 def _content_hash(cfg: RunConfig) -> str:

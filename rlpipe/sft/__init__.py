@@ -1,0 +1,1 @@
+"""Supervised training on the learner of RL: `python -m rlpipe.sft`."""

@@ -1,0 +1,152 @@
+"""A supervised run from its recipe to its summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlpipe.config import RunConfig
+from rlpipe.errors import ConfigError
+from rlpipe.schema import flat
+
+CONSOLE = (  # title, metric, format, style
+    ("loss", "sft/loss", ".4f", "bold"), ("held out", "eval/loss", ".4f", "bold green"), ("entropy", "sft/entropy", ".3f", ""),
+    ("certainty", "sft/certainty", ".4f", ""), ("grad", "sft/grad_norm", ".3g", ""), ("lr", "sft/lr", ".1e", ""),
+    ("tok/s", "perf/update_tokens_per_s", ".0f", ""), ("s/step", "perf/step_s", ".2f", ""),
+)  # fmt: skip
+
+
+def run(arguments: list[str]) -> int:
+    """Check everything, then train; returns the process's exit code."""
+    from rlpipe import recipe
+    from rlpipe.data.registry import source_of
+    from rlpipe.run import check_model, finished, run_folder
+
+    if {"help=true", "--help", "-h"} & set(arguments):
+        print(recipe.document().replace("rlpipe.run", "rlpipe.sft", 1))
+        return 0
+    cfg = recipe.load(arguments)
+    warnings = recipe.check(cfg) + check(cfg)
+    if cfg.dry_run:
+        from rlpipe.sft.plan import describe
+
+        print(describe(cfg))
+        for warning in warnings:
+            print(f"warning: {warning}")
+        return 0
+    from rlpipe.warm_start import with_converted_model
+
+    check_model(cfg)
+    source = source_of(with_converted_model(cfg))  # templates and token counts may need the model's folder
+    cfg = with_epochs(cfg, source)
+    run_dir, resume_from = run_folder(cfg)
+    if resume_from is not None and finished(cfg, resume_from):
+        print(f"{run_dir} is finished (step {cfg.steps}); raise steps= to train on, or give resume=never to start anew")
+        return 0
+    return train(cfg, source, run_dir, resume_from, warnings)
+
+
+def check(cfg: RunConfig) -> list[str]:
+    """Warnings, or ConfigError for what supervised training cannot do."""
+    from rlpipe.sft.driver import learner_config
+
+    if cfg.sft.objective == "trace" and not cfg.sft.trajectories:
+        raise ConfigError(
+            "sft.objective=trace learns the states of recorded trajectories: say where they are with sft.trajectories=FILE; "
+            "python -m rlpipe.sft collect records some"
+        )
+    learner_config(cfg)
+    said = flat(cfg).items()
+    ignored = [key for key, value in said if key.startswith(("algo.", "value.")) and value != DEFAULTS[key]]
+    return [f"{', '.join(ignored)}: choices of RL, which supervised training does not heed"] if ignored else []
+
+
+DEFAULTS: Mapping[str, Any] = flat(RunConfig())
+
+
+def with_epochs(cfg: RunConfig, source) -> RunConfig:
+    """The configuration with `steps` worked out from sft.epochs, where that is given. Raises ConfigError if the data has no
+    end."""
+    if not cfg.sft.epochs:
+        return cfg
+    size = len(_recordings(cfg)) if cfg.sft.trajectories else source.size
+    if size is None:
+        raise ConfigError(f"sft.epochs={cfg.sft.epochs}: {cfg.data.task} has no end to count passes by; set steps instead")
+    return dataclasses.replace(cfg, steps=max(1, math.ceil(size * cfg.sft.epochs / cfg.sft.batch_size)))
+
+
+def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str]) -> int:
+    """Connect, build the driver, run it, leave a summary."""
+    from rlpipe import checkpoint, cluster, recipe
+    from rlpipe.data import report
+    from rlpipe.monitor.console import Column
+    from rlpipe.monitor.monitor import Monitor
+    from rlpipe.plan import roles
+    from rlpipe.sft.driver import SftDriver
+    from rlpipe.warm_start import initial_model
+
+    saved = checkpoint.read_state(resume_from) if resume_from else None
+    if saved:
+        changes = recipe.differences(recipe.load([f"recipe={run_dir / 'config.yaml'}"]), cfg)
+        shape = {"workers": cfg.learner.workers, "zero_stage": cfg.learner.zero_stage}
+        checkpoint.check_fits(resume_from, saved, fingerprint=recipe.fingerprint(cfg), changes=changes, learner=shape)
+    state = {"step": saved["step"], **saved["monitor"]} if saved else None
+    columns = tuple(Column(*column) for column in CONSOLE if cfg.sft.objective == "certainty" or column[0] != "certainty")
+    monitor = Monitor(run_dir, cfg, config_yaml=recipe.to_yaml(cfg), resume=state, columns=columns)
+    status, driver, placement = "failed", None, None
+    try:
+        if cfg.description:
+            monitor.note(cfg.description.strip())
+        for warning in warnings:
+            monitor.warn(warning)
+        if report.write(source.reports, run_dir / report.NAME):
+            monitor.note(f"records that were left out: {run_dir / report.NAME}")
+        with monitor.phase("initial weights", cfg.warm_start.steps) as phase:
+            folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
+        examples = _examples(cfg, source, folder)
+        monitor.note(f"training on {examples.identity}{f'; {examples.size} a pass' if examples.size else ''}")
+        needed = [role for role in roles(cfg) if role.name == "learner"]
+        cluster.connect(
+            cfg.cluster,
+            need_cpus=sum(role.workers * role.cpus for role in needed),
+            need_gpus=sum(role.workers * role.gpus for role in needed),
+        )
+        cluster.preflight(needed)
+        placement = cluster.place(needed, cfg.cluster.start_timeout_s)
+        driver = SftDriver(cfg, run_dir, monitor, examples, str(folder.resolve()), placement, resume_from)
+        summary = driver.run()
+        status = "finished"
+        monitor.finish(summary, status=status)
+        return 0
+    finally:
+        if status != "finished":
+            monitor.finish(driver.summary() if driver else {}, status=status)
+        if driver is not None:
+            driver.close()
+        if placement is not None:
+            placement.remove()
+        cluster.disconnect()
+
+
+def _recordings(cfg: RunConfig, tokenizer=None, block_size: int = 0) -> list:
+    from rlpipe.models.loading import load_tokenizer
+    from rlpipe.sft.recordings import read_recordings
+
+    return read_recordings(cfg.sft.trajectories, tokenizer or load_tokenizer(cfg.model.path), block_size)
+
+
+def _examples(cfg: RunConfig, source, folder: Path):
+    from rlpipe.models.loading import load_tokenizer, recognise, settings_of
+    from rlpipe.sft.examples import Demonstrations, Recordings
+
+    tokenizer = load_tokenizer(folder)
+    size = recognise(folder, **settings_of(cfg.model)).spec.block_size
+    if cfg.sft.trajectories:
+        found = _recordings(cfg, tokenizer, size)
+        return Recordings(found, cfg.sft.trajectories, cfg.seed, block_size=size, hold_out=cfg.sft.held_out)
+    return Demonstrations(
+        source, tokenizer, max_tokens=cfg.rollout.decoder.max_tokens, block_size=size, hold_out=cfg.sft.held_out
+    )
