@@ -16,7 +16,7 @@ from rlpipe import checkpoint, parity
 from rlpipe.cluster import Placement
 from rlpipe.collection import Collector, Harvest
 from rlpipe.config import RunConfig
-from rlpipe.evaluation import evaluate, evaluate_hex
+from rlpipe.evaluation.training import evaluate, evaluate_hex
 from rlpipe.learner.credit import finalize_value, with_values
 from rlpipe.learner.group import LearnerGroup, RankGroup, ValueGroup
 from rlpipe.learner.step import StepPlan, plan_step

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlpipe.config import DecoderConfig
-from rlpipe.evaluation import evaluate, evaluate_hex, voted
+from rlpipe.evaluation.measures import voted
+from rlpipe.evaluation.training import evaluate, evaluate_hex
 from rlpipe.voting import answer_of, majority
 
 
@@ -31,17 +32,18 @@ def test_nobody_to_vote():
 
 def test_votes_are_scored():
     rewards = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
-    assert voted([["a", "b", "b"], ["a", "b", "b"]], rewards) == 0.5
+    assert voted([["a", "b", "b"], ["a", "b", "b"]], rewards).tolist() == [1.0, 0.0]
 
 
 class Rollouts:
     """Answers the block length, or for block 8 what is right."""
 
-    def generate(self, prompts, samples, decoder, *, what, seed):
+    def stream(self, prompts, samples, decoder, *, what, seed):
         events = SimpleNamespace(step=np.arange(3))
-        made = [SimpleNamespace(valid_len=4, events=events, stop="eos")] * samples
+        made = [SimpleNamespace(uid="", sample=i, valid_len=4, events=events, stop="eos", exact=True) for i in range(samples)]
         text = "right" if decoder.block_size in (8, 16) else str(decoder.block_size)
-        return [SimpleNamespace(prompt=p, texts=[text] * samples, trajectories=made) for p in prompts], None
+        for index in reversed(range(len(prompts))):
+            yield index, SimpleNamespace(texts=[text] * samples, trajectories=made), None
 
 
 class Verifiers:

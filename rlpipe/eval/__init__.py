@@ -1,0 +1,1 @@
+"""Evaluation as a command: `python -m rlpipe.eval`."""

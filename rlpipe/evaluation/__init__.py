@@ -1,0 +1,1 @@
+"""Evaluation: responses drawn and scored through the pools, and what is read from them."""
