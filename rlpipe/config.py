@@ -142,6 +142,7 @@ class AlgoConfig:
     kl_normalizer: str = ""  # empty: as normalizer; row_sum is the published full-attention TraceRL
     updates_per_step: int = 2  # optimizer updates a step and epoch
     epochs: int = 1
+    redraw: bool = False  # every epoch draws its rows anew, for methods that mask at random; else they stay
     groups: str = "refill"  # keep all | drop those without signal | refill: replace them by fresh prompts
     accuracy_low: float = 0.0  # a group has signal if its mean reward lies strictly inside (low, high) …
     accuracy_high: float = 1.0  # … or, for rewards that are not 0/1, if they differ

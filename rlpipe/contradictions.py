@@ -328,6 +328,8 @@ def _check_value(cfg: RunConfig) -> None:
             f"value.enabled=true: algo.preset={cfg.algo.preset} does not score each token of a rollout once, so a token has no "
             f"single value; use {' or '.join(VALUED)}"
         )
+    if cfg.value.enabled and cfg.algo.redraw and cfg.algo.epochs > 1:
+        raise ConfigError("value.enabled=true and algo.redraw=true: values are of rows that stay; set algo.redraw=false")
     stepwise = cfg.value.enabled and cfg.value.step_rewards
     if stepwise and (block_size(cfg) or cfg.rollout.decoder.cache not in ("auto", "none")):
         raise ConfigError(

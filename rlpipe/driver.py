@@ -19,7 +19,7 @@ from rlpipe.config import RunConfig
 from rlpipe.evaluation.training import evaluate, evaluate_hex
 from rlpipe.learner.credit import finalize_value, with_values
 from rlpipe.learner.group import LearnerGroup, RankGroup, ValueGroup
-from rlpipe.learner.step import StepPlan, plan_step
+from rlpipe.learner.step import StepPlan, draws_and_passes, plan_step
 from rlpipe.monitor.monitor import Monitor
 from rlpipe.objectives.objective import build_objective
 from rlpipe.recipe import decoder_of_eval, fingerprint
@@ -90,6 +90,7 @@ class Driver:
     def learn(self, harvest: Harvest) -> dict[str, float]:
         """Rows, advantages, the optimizer updates, and the parity gauge that they are checked by."""
         algo, started = self.cfg.algo, time.perf_counter()
+        draws, passes = draws_and_passes(algo)
         plan = plan_step(
             harvest.trajectories,
             harvest.advantages,
@@ -97,6 +98,7 @@ class Driver:
             updates=algo.updates_per_step,
             gauge_trajectories=self.cfg.parity.trajectories,
             rng=np.random.default_rng([self.cfg.seed, self.step, SHUFFLE]),
+            draws=draws,
         )
         metrics: dict[str, float] = {}
         if self.value is not None:
@@ -111,7 +113,7 @@ class Driver:
             metrics |= finalize_value(self.value.finish_training(pending))
         metrics["algo/rows"] = float(plan.rows)
         metrics["perf/update_s"] = time.perf_counter() - started
-        metrics["perf/update_tokens_per_s"] = plan.packed_tokens * algo.epochs / metrics["perf/update_s"]
+        metrics["perf/update_tokens_per_s"] = plan.packed_tokens * passes / metrics["perf/update_s"]
         return metrics
 
     def judge(self, plan: StepPlan, harvest: Harvest) -> tuple[StepPlan, dict[str, float], list]:

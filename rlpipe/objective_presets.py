@@ -19,12 +19,12 @@ def _method(**changes: Any) -> dict[str, Any]:
     return {
         "shrink": 1, "advantage": "mean", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "clip_dual": 0.0,
         "clip_dynamic": False, "kl_coef": 0.0, "kl_estimator": "k3", "kl_reference": "old", "normalizer": "token_mean",
-        "kl_normalizer": "", "options": {},
+        "kl_normalizer": "", "redraw": False, "options": {},
     } | changes  # fmt: skip
 
 
 _wide = {"clip_low": 0.5, "clip_high": 0.5, "kl_coef": 0.04, "kl_reference": "initial"}
-_trust_region = {"ratio": "token", "clip_dual": 0.0, "clip_dynamic": False, "kl_reference": "old"}
+_trust_region = {"ratio": "token", "clip_dual": 0.0, "clip_dynamic": False, "redraw": False, "kl_reference": "old"}
 
 ALGO_PRESETS: dict[str, dict[str, Any]] = {
     "tracerl": _trust_region,  # arXiv 2509.06949
@@ -40,11 +40,11 @@ ALGO_PRESETS: dict[str, dict[str, Any]] = {
     "wd1": _method(advantage="softmax", normalizer="response_sum"),  # arXiv 2507.08838; no ratio, so nothing is clipped
     "coupled_grpo": _method(  # DiffuCoder, arXiv 2506.20639: its unit is no probability, hence the wide clip
         advantage="leave_one_out", ratio="position", clip_low=0.5, clip_high=0.5, kl_coef=0.01, kl_reference="lagged",
-        kl_lag=64, kl_mix=0.6, options={"low": 0.2, "high": 0.8},  # the reference of TR-DPO, arXiv 2404.09656
+        kl_lag=64, kl_mix=0.6, redraw=True, options={"low": 0.2, "high": 0.8},  # the reference of TR-DPO, arXiv 2404.09656
     ),
     "espo": _method(  # arXiv 2512.03759: KL of whole responses over their length
         advantage="leave_one_out", ratio="sequence", kl_coef=0.01, kl_estimator="k2", kl_reference="initial",
-        normalizer="sequence_mean", kl_normalizer="length_sum", options={"draws": 2, "complement": True},
+        normalizer="sequence_mean", kl_normalizer="length_sum", redraw=True, options={"draws": 2, "complement": True},
     ),
     "spg": _method(  # arXiv 2510.09541; no ratio, so nothing is clipped
         ratio="sequence", normalizer="length_mean", options={"draws": 2, "block": 32, "beta": 1.5, "mix": 0.5}

@@ -151,5 +151,5 @@ def test_the_package_ships_its_recipes_and_all_its_modules():
     packages = {str(path.parent.relative_to(ROOT)).replace(os.sep, ".") for path in (ROOT / "rlpipe").rglob("*.py")}
     assert set(tool["packages"]) == packages | {"rlpipe.recipes"}
     assert project["project"]["requires-python"] == ">=3.11"
-    assert set(project["project"]["optional-dependencies"]) == {"vllm", "dev"}
+    assert set(project["project"]["optional-dependencies"]) == {"benchmarks", "smollm2", "vllm", "dev"}
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf8")

@@ -9,7 +9,7 @@ from rlpipe.config import AlgoConfig
 from rlpipe.learner.batches import Batches
 from rlpipe.learner.micro_batches import Sizes, make_shards, plan_micro_batches
 from rlpipe.learner.samples import Sample, Samples
-from rlpipe.learner.step import deal, make_samples, plan_step
+from rlpipe.learner.step import deal, draws_and_passes, make_samples, plan_step
 from rlpipe.objectives.objective import build_objective
 from rlpipe.objectives.rows import Rows
 from rlpipe.objectives.units import join
@@ -24,12 +24,12 @@ def groups_of(kind: str, count: int = 12, group: int = 3, **decoder):
     return model, [replace(record, uid=f"p{i // group}", sample=i % group) for i, record in enumerate(records)]
 
 
-def step_plan(kind: str, count: int = 12, shrink: int = 1, updates: int = 2, group: int = 3, **algo):
+def step_plan(kind: str, count: int = 12, shrink: int = 1, updates: int = 2, group: int = 3, draws: int = 1, **algo):
     _, records = groups_of(kind, count, group)
     advantages = np.random.default_rng(1).normal(size=count).astype(np.float32)
     objective = build_objective(AlgoConfig(shrink=shrink, **algo), 10)
     rng = np.random.default_rng(0)
-    return plan_step(records, advantages, objective, updates=updates, gauge_trajectories=4, rng=rng), records
+    return plan_step(records, advantages, objective, updates=updates, gauge_trajectories=4, rng=rng, draws=draws), records
 
 
 @pytest.mark.parametrize("kind", ("block", "full"))
@@ -140,3 +140,21 @@ def test_a_response_with_nothing_to_score_makes_no_sample():
     empty = np.zeros(0, np.float32)
     units = join(none, "token", np.zeros(length, np.int64))
     assert make_samples(records[0], none, units, empty, empty, 1.0, 0, replays=True) == []
+
+
+def test_rows_drawn_anew_are_updates_of_their_own():
+    plan, records = step_plan("full", preset="coupled_grpo", ratio="position", draws=2)
+    assert len(plan.updates) == 4 and draws_and_passes(AlgoConfig(epochs=2, redraw=True)) == (2, 1)
+    assert draws_and_passes(AlgoConfig(epochs=2)) == (1, 2)
+    masks = [set(), set()]
+    for draw, updates in enumerate((plan.updates[:2], plan.updates[2:])):
+        owners = [{plan.owner[i] for i in update} for update in updates]
+        assert owners[0].isdisjoint(owners[1]) and owners[0] | owners[1] == set(range(len(records)))
+        masks[draw] = {plan.samples[i].masked.tobytes() for update in updates for i in update}
+        for update in updates:
+            assert sum(plan.samples[i].policy_weight.sum() for i in update) == pytest.approx(1.0, abs=1e-5)
+    assert masks[0] != masks[1]
+    once = step_plan("full", preset="coupled_grpo", ratio="position")[0]
+    assert [[s.masked.tobytes() for s in (plan.samples[i] for i in u)] for u in plan.updates[:2]] == [
+        [s.masked.tobytes() for s in (once.samples[i] for i in u)] for u in once.updates
+    ]

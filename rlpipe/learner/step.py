@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlpipe.config import AlgoConfig
 from rlpipe.learner.micro_batches import Sizes
 from rlpipe.learner.samples import Sample
 from rlpipe.objectives.objective import Objective
@@ -45,12 +46,12 @@ def plan_step(
     updates: int,
     gauge_trajectories: int,
     rng: np.random.Generator,
+    draws: int = 1,
 ) -> StepPlan:
     """trajectories and advantages float32[N] in one order. Whole groups are dealt at random to `updates` optimizer updates
-    (single responses where there are fewer groups than updates), each with its own reducer weights. When the objective's rows
-    are not the states that the sampler saw, the first `gauge_trajectories` are also replayed exactly, for the parity gauge
-    alone."""
-    rows = objective.plan_all(trajectories, rng)
+    (single responses where there are fewer groups than updates), each with its own reducer weights; that is done `draws` times,
+    with rows planned anew. When the objective's rows are not the states that the sampler saw, the first `gauge_trajectories`
+    are also replayed exactly, for the parity gauge alone."""
     group = np.unique([trajectory.uid for trajectory in trajectories], return_inverse=True)[1]
     samples: list[Sample] = []
     owner: list[int] = []
@@ -61,13 +62,15 @@ def plan_step(
         samples.extend(made)
         owner.extend([i] * len(made))
 
-    for part in deal(group, updates, rng):
-        first = len(samples)
-        units = [objective.units(rows[i], trajectories[i]) for i in part]
-        weights = objective.weights(units, [trajectories[i].response_len for i in part])
-        for i, unit, policy, kl in zip(part, units, *weights, strict=True):
-            add(i, rows[i], unit, policy, kl, objective.replays_rollout)
-        plan.append(list(range(first, len(samples))))
+    for _ in range(draws):
+        rows = objective.plan_all(trajectories, rng)
+        for part in deal(group, updates, rng):
+            first = len(samples)
+            units = [objective.units(rows[i], trajectories[i]) for i in part]
+            weights = objective.weights(units, [trajectories[i].response_len for i in part])
+            for i, unit, policy, kl in zip(part, units, *weights, strict=True):
+                add(i, rows[i], unit, policy, kl, objective.replays_rollout)
+            plan.append(list(range(first, len(samples))))
     first = len(samples)
     if not objective.replays_rollout:
         for i, trajectory in enumerate(trajectories[:gauge_trajectories]):
@@ -76,6 +79,11 @@ def plan_step(
                 nothing = np.zeros(row.num_scored, np.float32)
                 add(i, row, join(row, "token", np.zeros(trajectory.response_len, np.int64)), nothing, nothing, True)
     return StepPlan(samples, owner, [update for update in plan if update], list(range(first, len(samples))))
+
+
+def draws_and_passes(algo: AlgoConfig) -> tuple[int, int]:
+    """(how often a step's rows are drawn, how often the learner goes through them): algo.epochs of one or of the other."""
+    return (algo.epochs, 1) if algo.redraw else (1, algo.epochs)
 
 
 def deal(group: np.ndarray, updates: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from rlpipe.learner.engine import join_process_group
 from rlpipe.learner.micro_batches import Shard
 from rlpipe.learner.policy import PolicyLearner
 from rlpipe.learner.sharding import Partitioned, whole_size
+from rlpipe.learner.step import draws_and_passes
 from rlpipe.learner.value import ValueLearner
 from rlpipe.models.adapters import add_adapters
 from rlpipe.models.loading import load_model, load_tokenizer, settings_of
@@ -75,7 +76,7 @@ class LearnerWorker(RankWorker):
         return parameters
 
     def train(self, shard: Shard) -> dict:
-        return self.learner.train(shard, self.cfg.algo.epochs)
+        return self.learner.train(shard, draws_and_passes(self.cfg.algo)[1])
 
     def score(self, shard: Shard):
         return self.learner.score(shard)
@@ -117,7 +118,7 @@ class ValueWorker(RankWorker):
         return self.learner.score(shard)
 
     def train(self, shard: Shard) -> list[dict]:
-        return self.learner.train(shard, self.cfg.algo.epochs)
+        return self.learner.train(shard, draws_and_passes(self.cfg.algo)[1])
 
     def save(self, folder: str) -> None:
         """This rank's part of a checkpoint under folder/value; rank 0 also writes a folder for `value.path`."""
