@@ -147,14 +147,17 @@ def declared(path: str | Path, revision: str = "") -> dict[str, Any] | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     except json.JSONDecodeError as error:
         raise ModelError(f"{folder / 'config.json'}:{error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{folder / 'config.json'}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     return config if isinstance(config, dict) else {}
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
-    """From the keys that Llama, Qwen, LLaDA and their MoE kin use; None if one is missing."""
+    """From the keys that Llama, Qwen, LLaDA and their MoE kin use; None if one is missing or is no
+    number."""
 
     def first(*names: str, otherwise: int = 0) -> int:
-        return next((config[name] for name in names if config.get(name) is not None), otherwise)
+        return next((config[name] for name in names if isinstance(config.get(name), int)), otherwise)
 
     width, heads = first("hidden_size", "d_model"), first("num_attention_heads", "n_heads")
     layers, vocabulary = first("num_hidden_layers", "n_layers"), first("embedding_size", "vocab_size")
@@ -163,7 +166,10 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     if not (width and heads and layers and vocabulary and (mlp or expert_mlp)):
         return None
     experts = first("num_experts", "n_routed_experts")
-    listed = config.get("mlp_only_layers") or [sparse for sparse in config.get("moe_layer_freq") or [] if not sparse]
+    dense, sparse = (
+        value if isinstance(value, list) else [] for value in map(config.get, ("mlp_only_layers", "moe_layer_freq"))
+    )
+    listed = dense or [layer for layer in sparse if not layer]
     return Shape(
         layers=layers, width=width, mlp=mlp, heads=heads, vocabulary=vocabulary,
         kv_heads=first("num_key_value_heads", "n_kv_heads", otherwise=heads),
@@ -180,6 +186,7 @@ def block_of(config: Mapping[str, Any]) -> int | None:
     diffusion = config.get("diffusion")
     if isinstance(diffusion, Mapping):
         return 0 if diffusion.get("attention") == "full" else diffusion.get("block_size")
-    architecture = (config.get("architectures") or [""])[0]
-    known = BLOCK_OF_ARCHITECTURE.get(architecture)
-    return config.get("block_size", known) if known else known
+    named = config.get("architectures")
+    known = BLOCK_OF_ARCHITECTURE.get(named[0]) if isinstance(named, list) and named else None
+    said = config.get("block_size") or config.get("block_length")
+    return said if known and isinstance(said, int) else known

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlpipe.cluster import Role, ledger
 from rlpipe.config import AlgoConfig, RunConfig
-from rlpipe.contradictions import TINY_BLOCK_SIZE, block_size
+from rlpipe.contradictions import CONVERT, TINY_BLOCK_SIZE, block_size
 from rlpipe.data.description import describe_source, missing_data
 from rlpipe.errors import ModelError
 from rlpipe.model_shapes import PUBLISHED, Shape, block_of, declared, is_hub_id, local_folder, shape_of
@@ -22,6 +22,7 @@ from rlpipe.verifiers.registry import BUILT_IN
 PROCESS_GB = 0.5  # Python with torch and Ray, before any weights
 VERIFIER_GB = 0.1
 BYTES = {"float32": 4, "bfloat16": 2}
+SMOLLM2 = "smollm2"  # of a package, see `models.smollm2`
 PROMPT_TOKENS = 512  # of a prompt, where no limit says
 TINY_VOCABULARY = 60  # a character tokenizer has some tens of tokens
 
@@ -154,7 +155,7 @@ def rows_per_response(algo: AlgoConfig, steps: int) -> int:
 
 def needs(cfg: RunConfig) -> list[str]:
     """What is missing on this machine for a real run, a line each."""
-    missing = [*_missing_model(cfg), *missing_data(cfg.data)]
+    missing = [*_missing_models(cfg), *missing_data(cfg.data)]
     verifiers = [name for name in (cfg.verifier.name, *cfg.verifier.parts) if name not in ("", "task")]
     for verifier in verifiers:
         if ":" not in verifier and verifier not in BUILT_IN:
@@ -164,6 +165,7 @@ def needs(cfg: RunConfig) -> list[str]:
         "reasoning_gym": cfg.data.task.startswith("reasoning_gym"),
         "wandb": cfg.monitor.wandb != "disabled",
         "peft": cfg.learner.lora_rank > 0,
+        "gguf": cfg.model.path == f"{CONVERT}{SMOLLM2}",
         **dict.fromkeys(("torch", "transformers", "ray", "deepspeed"), True),
     }
     missing += [f"the package {name}" for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
@@ -173,31 +175,45 @@ def needs(cfg: RunConfig) -> list[str]:
     return missing
 
 
-def _missing_model(cfg: RunConfig) -> list[str]:
+def _missing_models(cfg: RunConfig) -> list[str]:
     """What of the models is not here or cannot work, without loading anything heavy."""
-    path, revision = cfg.model.path, cfg.model.revision
-    if path in TINY_BLOCK_SIZE or path.startswith("convert:"):
-        return []
+    path, missing = cfg.model.path, []
+    if path.startswith(CONVERT):
+        source = path.removeprefix(CONVERT)
+        missing += [] if source == SMOLLM2 else _absent("the model to convert", "model.path", source, "")
+    elif path not in TINY_BLOCK_SIZE:
+        missing += _missing_model("the model", "model.path", path, cfg.model.revision, cfg.model.family)
+    if cfg.value.enabled and cfg.value.path:
+        missing += _missing_model("the value model", "value.path", cfg.value.path, "", cfg.model.family)
+    return missing
+
+
+def _missing_model(what: str, key: str, path: str, revision: str, family: str) -> list[str]:
     folder = local_folder(path, revision)
-    if folder is None and is_hub_id(path):
-        count = parameter_count(cfg)
-        size_of = "of unknown size" if count is None else f"of about {size(2 * count)} in bfloat16"
-        command = f"hf download {path}{f' --revision {revision}' if revision else ''}"
-        return [f"the model: {path} ({size_of}) is not in the local cache; fetched at the start, or with {command}"]
     if folder is None:
-        return [f"the model: no {Path(path) / 'config.json'} (model.path)"]
+        return _absent(what, key, path, revision)
     missing = []
-    config = declared(path, revision)
-    if block_of(config) is None and not cfg.model.family:
+    if block_of(declared(path, revision)) is None and not family and path not in PUBLISHED:
         missing.append(
-            f"the model: {folder / 'config.json'} has no 'diffusion' entry that says how it denoises, and by itself shows no "
+            f"{what}: {folder / 'config.json'} has no 'diffusion' entry that says how it denoises, and by itself shows no "
             f"family that needs none; `python -m rlpipe.models inspect {path}` says more"
         )
     try:
         WeightFiles(folder)
     except ModelError as error:
-        missing.append(f"the model: {error}")
+        missing.append(f"{what}: {error}")
     return missing
+
+
+def _absent(what: str, key: str, path: str, revision: str) -> list[str]:
+    if local_folder(path, revision) is not None:
+        return []
+    if not is_hub_id(path):
+        return [f"{what}: no {Path(path) / 'config.json'} ({key})"]
+    known = PUBLISHED.get(path)
+    size_of = f"of about {size(2 * known.shape.parameters)} in bfloat16" if known else "of unknown size"
+    command = f"hf download {path}{f' --revision {revision}' if revision else ''}"
+    return [f"{what}: {path} ({size_of}) is not in the local cache; fetched at the start, or with {command}"]
 
 
 def local_resources() -> dict[str, float]:

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rlpipe.config import RunConfig
@@ -43,18 +44,19 @@ def run(arguments: list[str]) -> int:
     from rlpipe import recipe
     from rlpipe.data.registry import source_of
     from rlpipe.plan import describe
-    from rlpipe.warm_start import with_converted_model
 
     if "help=true" in arguments or "--help" in arguments or "-h" in arguments:
         print(recipe.document())
         return 0
-    cfg = recipe.load(arguments)
+    cfg = without_links(recipe.load(arguments))
     warnings = recipe.check(cfg)
     if cfg.dry_run:
         print(describe(cfg, cluster_resources(cfg)))
         for warning in warnings:
             print(f"warning: {warning}")
         return 0
+    from rlpipe.warm_start import with_converted_model  # torch, which a dry run does without
+
     source = source_of(with_converted_model(cfg))  # templates and token counts may need the model's folder
     check_parts(cfg, source, check_model(cfg))
     run_dir, resume_from = run_folder(cfg)
@@ -115,6 +117,22 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         cluster.disconnect()
 
 
+def without_links(cfg: RunConfig) -> RunConfig:
+    """The configuration with what earlier runs left named by where it is: `latest` means another folder tomorrow, and a resumed
+    run must have the same."""
+    data = replace(cfg.data, pass_rates=_followed(cfg.data.pass_rates))
+    data.mixture = [part | {key: _followed(part[key]) for key in part if key == "pass_rates"} for part in data.mixture]
+    sft = replace(cfg.sft, trajectories=_followed(cfg.sft.trajectories))
+    return replace(cfg, model=replace(cfg.model, path=_followed(cfg.model.path)), data=data, sft=sft)
+
+
+def _followed(path: str) -> str:
+    """A path that is there, without symbolic links in it; others as they are."""
+    if not isinstance(path, str) or not os.path.exists(path) or os.path.realpath(path) == os.path.abspath(path):
+        return path
+    return os.path.realpath(path) if os.path.isabs(path) else os.path.relpath(os.path.realpath(path))
+
+
 def cluster_resources(cfg: RunConfig) -> dict[str, float] | None:
     """Of the cluster that the run would join; None if it would start its own on this machine."""
     from rlpipe import cluster
@@ -135,7 +153,15 @@ def check_model(cfg: RunConfig) -> int:
 
     if cfg.model.path.startswith(("tiny:", CONVERT)):
         return block_size(cfg) or 0
-    return loading.check_model(cfg.model.path, **loading.settings_of(cfg.model)).spec.block_size
+    settings = loading.settings_of(cfg.model)
+    known = loading.check_model(cfg.model.path, **settings)
+    if not known.spec.eos_token_ids:
+        log.warning("%s has no token that ends a response, so each fills max_tokens; say eos_token_ids", cfg.model.path)
+    if cfg.value.enabled and cfg.value.path:
+        others = settings | {"revision": ""}
+        loading.check_model(cfg.value.path, **others)
+        loading.check_same_tokens(known.folder, cfg.value.path, **others)
+    return known.spec.block_size
 
 
 def check_parts(cfg: RunConfig, source, size: int) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from rlpipe.errors import DataError
 from rlpipe.models.conversion import converted
 from rlpipe.models.hub import model_folder
 from rlpipe.models.loading import load_model, load_tokenizer, save_model, settings_of
+from rlpipe.models.made_once import made_once
 from rlpipe.models.packing import make_piece, pack
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.tiny import KINDS, build_tiny
@@ -40,15 +39,15 @@ def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] |
     """Folder with the weights that training starts from: the recipe's own, a tiny model, or `convert:SOURCE`, a causal LM made
     a diffusion LM (see `models.conversion`); warm-started if the recipe says so.
 
-    Made once and cached under `<output_dir>/cache` by content: model, task, warm start and seed. `source` is a prompt source
-    (`alphabet`, `demonstration(index)`). progress(done, total) is called every supervised step.
+    Made once and cached under `<output_dir>/cache` by content: model, task, its records, warm start and seed. `source` is a
+    prompt source (`alphabet`, `identity`, `demonstration(index)`). progress(done, total) is called every supervised step.
     """
     cfg = with_converted_model(cfg)
     if cfg.model.path not in KINDS and not cfg.warm_start.steps:
         folder = model_folder(cfg.model.path, cfg.model.revision)
         load_tokenizer(folder)
         return folder
-    folder = Path(cfg.output_dir) / "cache" / f"initial-{_content_hash(cfg)}"
+    folder = Path(cfg.output_dir) / "cache" / f"initial-{_content_hash(cfg, source)}"
     if (folder / "config.json").is_file():
         return folder
     if cfg.model.path in KINDS:
@@ -60,14 +59,10 @@ def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] |
         losses = train(
             model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress
         )
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    save_model(model, tokenizer, partial)
-    facts = {"steps": cfg.warm_start.steps, "losses": losses if cfg.warm_start.steps else [], "task": cfg.data.task}
-    (partial / "warm_start.json").write_text(json.dumps(facts | {"options": cfg.data.options}, indent=1), encoding="utf8")
-    try:
-        partial.rename(folder)
-    except OSError:  # another run made the same folder meanwhile; it holds the same weights
-        shutil.rmtree(partial)
+    with made_once(folder) as partial:
+        save_model(model, tokenizer, partial)
+        facts = {"steps": cfg.warm_start.steps, "losses": losses if cfg.warm_start.steps else [], "task": cfg.data.task}
+        (partial / "warm_start.json").write_text(json.dumps(facts | {"options": cfg.data.options}, indent=1), encoding="utf8")
     return folder
 
 
@@ -80,10 +75,13 @@ def with_converted_model(cfg: RunConfig) -> RunConfig:
     return replace(cfg, model=replace(cfg.model, path=str(folder)))
 
 
-def _content_hash(cfg: RunConfig) -> str:
+def _content_hash(cfg: RunConfig, source) -> str:
+    folder = Path(cfg.model.path)
     content = {
         "format": FORMAT,
-        "model": asdict(cfg.model),
+        "model": asdict(cfg.model) | ({"path": str(folder.resolve())} if folder.is_dir() else {}),  # `latest` moves on
+        "source": source.identity,
+        "alphabet": source.alphabet if cfg.model.path in KINDS else "",  # of held-out records too
         "warm_start": asdict(cfg.warm_start),
         "data": asdict(cfg.data),
         "max_tokens": cfg.rollout.decoder.max_tokens,
@@ -153,11 +151,14 @@ def response_ids(tokenizer, prompt: Prompt, prompt_len: int, max_tokens: int, bl
     Raises DataError if there is no demonstration or it is longer than max_tokens.
     """
     if prompt.demonstration is None:
-        raise DataError(f"{prompt.uid} has no demonstration; a warm start needs one (or set warm_start.steps=0)")
-    ids = tokenizer(prompt.demonstration)["input_ids"]
+        raise DataError(
+            f"{prompt.uid} has no demonstration, and supervised training needs one; add it, or set warm_start.steps=0"
+        )
+    ids = tokenizer(prompt.demonstration, add_special_tokens=False)["input_ids"]  # a first token of the text stands already
     if len(ids) > max_tokens:
         raise DataError(
-            f"the demonstration of {prompt.uid} has {len(ids)} tokens; raise rollout.decoder.max_tokens ({max_tokens})"
+            f"the demonstration of {prompt.uid} has {len(ids)} tokens; raise rollout.decoder.max_tokens ({max_tokens}), or "
+            "remove it"
         )
     end = prompt_len + min(len(ids) + 1, max_tokens) if block_size else prompt_len + max_tokens
     if block_size:

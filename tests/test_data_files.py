@@ -73,6 +73,10 @@ def test_nested_fields_come_out_of_parquet_whole(tmp_path):
         ("a.parquet", b"nonsense", "not a parquet file"),
         ("a.jsonl.gz", b"nonsense", "cannot be read"),
         ("a.jsonl", b'{"prompt": "\xe9"}', "a.jsonl:1: not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(bytes(range(256)))[:-20] + bytes(20), "cannot be read"),
+        ("a.jsonl", b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}", "a.jsonl:1: not usable JSON: Exceeds the limit"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "a.json: not usable JSON: Exceeds the limit"),
+        ("a.csv", b"question,answer\n" + b"x" * 200_000 + b",1\n", "a.csv:2: field larger than field limit.*save the file as"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):

@@ -67,6 +67,20 @@ def test_passes_add_up_and_repeated_steps_count_once(tmp_path):
     Cursor(made).solved([(first, [1.0])])  # a cursor without a log
 
 
+def test_a_line_that_a_killed_run_left_half_written_is_cut_off(tmp_path):
+    log, made = PassRateLog(tmp_path / pass_rates.NAME), build_source(DataConfig(**files(tmp_path)), 0)
+    first, second = made.prompt(0), made.prompt(1)
+    log.add([(first, [1.0])])
+    for torn in ('{"uid": "rec', '{"uid": "x", "record": "x", "mean": 1.0, "count": 1}'):
+        with (tmp_path / pass_rates.NAME).open("a") as file:
+            file.write(torn)
+        log.add([(second, [0.0])])
+        assert pass_rates.read(str(tmp_path)) == {first.record: (1.0, 1), second.record: (0.0, 1)}
+    (tmp_path / pass_rates.NAME).write_text('{"uid"')
+    log.add([(second, [0.0])])
+    assert pass_rates.read(str(tmp_path)) == {second.record: (0.0, 1)}
+
+
 def test_difficulty_leaves_out_what_is_too_easy_or_too_hard(tmp_path, caplog):
     settings = measured(tmp_path, RATES)
     assert len(shown(settings)) == 10
@@ -110,6 +124,11 @@ def test_another_order_is_another_source_for_the_cursor(tmp_path):
             Cursor(build_source(DataConfig(**settings, **change), 0)).restore(state)
     ordered = Cursor(build_source(DataConfig(**settings, curriculum="target"), 0))
     ordered.take(7)
+    other = measured(tmp_path, RATES[::-1])  # the file has grown: another order under the same name
+    with pytest.raises(CheckpointError, match="resume=never"):
+        Cursor(build_source(DataConfig(**other, curriculum="target"), 0)).restore(ordered.state())
+    (tmp_path / pass_rates.NAME).unlink()
+    measured(tmp_path, RATES)
     fresh = Cursor(build_source(DataConfig(**settings, curriculum="target"), 0))
     fresh.restore(json.loads(json.dumps(ordered.state())))
     assert fresh.take(8) == ordered.take(8)

@@ -8,8 +8,9 @@ import zlib
 import pytest
 
 from rlpipe.config import DataConfig
+from rlpipe.data.code_answers import verl
 from rlpipe.data.files import Where
-from rlpipe.data.records import read
+from rlpipe.data.records import RecordSource, read
 from rlpipe.data.registry import build_source, check_block_sizes
 from rlpipe.data.report import write
 from rlpipe.data.shapes import SHAPES, Shape, lookup, recognise
@@ -66,6 +67,7 @@ EXAMPLES = {  # a record as the data set has it → shape, text, answer, verifie
          "reward_model": {"ground_truth": json.dumps({"inputs": ["1"], "outputs": ["2"]})}},
         "verl", "q", {"tests": {"kind": "stdio", "inputs": ["1"], "outputs": ["2"]}}, "code",
     ),
+    "pairs": ({"prompt": "q", "response": "r<|im_end|>"}, "pairs", "q", {"answer": "r<|im_end|>"}, "exact"),
     "gsm8k": ({"question": "q", "answer": "3 eggs … \n#### 1,234"}, "gsm8k", "q", {"answer": "1234"}, "math"),
     "math": ({"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."}, "math", "q", {"answer": "\\frac{1}{2}"}, "math"),
     "math500": ({"problem": "q", "solution": "\\boxed{x}", "answer": "3"}, "math", "q", {"answer": "3"}, "math"),
@@ -131,11 +133,58 @@ def test_calls_of_packed_cases_become_a_check(tmp_path):
         space["check"](lambda: type("Wrong", (), {"join": lambda self, a, b: [b]})())
 
 
+@pytest.mark.parametrize(
+    "inputs, outputs, right, wrong",
+    [
+        (["[1, 2]\n3", "[]\n1"], ["6", "1"], lambda a, b: sum(a) + b, lambda a, b: b),  # texts, a JSON value a line
+        ([[[1, 2], 3], [[], 1]], [6, 1], lambda a, b: sum(a) + b, lambda a, b: b),
+        ([["ab"], ["c"]], [["ba"], ["c"]], lambda a: a[::-1], lambda a: a),  # results wrapped, as in APPS
+        ([[2], [3]], [[2, 2], [3]], lambda n: [n] * (4 - n if n == 3 else 2), lambda n: n),  # results that are lists
+    ],
+)
+def test_calls_of_verl_in_all_their_forms(inputs, outputs, right, wrong):
+    truth = json.dumps({"fn_name": "f", "inputs": inputs, "outputs": outputs})
+    space = {}
+    exec(verl(truth, {})["tests"]["check"], space)
+    space["check"](right)
+    with pytest.raises(AssertionError):
+        space["check"](wrong)
+
+
+def test_lines_of_verl_are_a_text():
+    tests = verl({"inputs": [["1", "2"], "3"], "outputs": [["a", "b"], "c"]}, {})["tests"]
+    assert tests == {"kind": "stdio", "inputs": ["1\n2", "3"], "outputs": ["a\nb", "c"]}
+
+
+def test_conversations_that_end_alike_are_different_prompts(tmp_path):
+    def asked(system, answer):
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": "Go on."}]
+        return {"prompt": turns, "answer": answer}
+
+    held = [asked("one", "1"), asked("two", "2"), asked("one", "1")]
+    found = read(Where.parse(jsonl(tmp_path / "a.jsonl", *held), "data.test"), "records", "auto", {})[0]
+    train = read(
+        Where.parse(jsonl(tmp_path / "b.jsonl", asked("two", "2"), asked("three", "3")), "data.train"), "r", "auto", {}
+    )
+    made = RecordSource("records", 0, train[0], found)
+    assert [prompt.answer["answer"] for prompt in made.test_prompts(9)] == ["1", "2"]
+    assert made.size == 1 and made.prompt(0).context[0][1] == "three"
+
+
+def test_other_answers_are_another_source(tmp_path):
+    def identity(**more):
+        return source(tmp_path, {"prompt": "q", "answer": "1"} | more).identity
+
+    assert len({identity(), identity(answer="2"), identity(demonstration="d"), identity(verifier="math")}) == 4
+
+
 def test_demonstrations_uids_and_conversations(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
     made = source(tmp_path, HUMAN_EVAL | {"block_size": 8}, test=(HUMAN_EVAL | {"prompt": "def g():\n"},))
     prompt = made.demonstration(0)
     assert prompt.demonstration == "    return x\n" and prompt.uid == "records/0/HumanEval/9" and prompt.block_size == 8
+    pair = source(tmp_path, {"prompt": "q", "response": "r", "answer": "a"}).demonstration(0)
+    assert (pair.demonstration, pair.answer) == ("r", {"answer": "a"})
     assert made.block_sizes == (8,) and made.verifier == "code" and prompt.verifier == "" and len(prompt.record) == 16
     path = jsonl(tmp_path / "chat.jsonl", {"prompt": turns, "answer": "a"}, {"prompt": "q", "answer": "a"})
     chat, plain = read(Where.parse(path, "data.train"), "records", "auto", {})[0]
@@ -203,6 +252,11 @@ def test_a_shape_of_the_users_own(tmp_path):
         ("rlpipe", {"prompt": "q", "answer": "a", "block_size": "4"}, "field 'block_size' must be a whole number"),
         ("rlpipe", {"prompt": "q", "answer": "a", "block_size": -4}, "field 'block_size' must be a number of at least 1"),
         ("rlpipe", {"prompt": "q", "answer": "a", "verifier": 3}, "field 'verifier' must be a text"),
+        ("rlpipe", {"prompt": "q", "answer": ""}, "field 'answer' must be a text, a number or an object that is not empty"),
+        ("rlpipe", {"prompt": "q\ud800", "answer": "a"}, r"field 'prompt' holds half a character \(\\ud800\) at place 1"),
+        ("rlpipe", {"prompt": "q", "answer": "a", "demonstration": "\udc00"}, "field 'demonstration' holds half a character"),
+        ("verl", {"prompt": "q", "reward_model": {"ground_truth": {"inputs": ["1"], "outputs": []}}}, "do not pair up"),
+        ("verl", {"prompt": "q", "reward_model": {"ground_truth": {"inputs": "1", "outputs": "2"}}}, "inputs that are no list"),
     ],
 )
 def test_bad_records_are_named_with_their_field(tmp_path, shape, record, message):

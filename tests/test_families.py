@@ -237,6 +237,16 @@ def test_networks_that_the_stock_class_does_not_compute_are_refused(key, change,
         FAMILIES[key].config(PLAIN[key].config | change)
 
 
+@pytest.mark.parametrize("change", [{"use_sliding_window": True}, {"quantization_config": {}}, {"rope_type": "dynamic"}])
+def test_stock_classes_are_refused_what_no_plan_computes(change):
+    config = without(SDAR.config, "block_size", "mask_token_id") | {"architectures": ["Qwen3ForCausalLM"]}
+    if "rope_type" in change:
+        change = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    for family in (FAMILIES["stock"], FAMILIES["sdar"]):
+        with pytest.raises(ModelError, match="quantization_config|sliding_window|its neighbours"):
+            family.config(config | change)
+
+
 def test_a_stock_mixture_is_read_and_written_as_transformers_does(tmp_path):
     """transformers holds experts stacked and writes them one by one."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM

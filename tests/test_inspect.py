@@ -47,6 +47,21 @@ def test_the_table_of_architectures_is_that_of_the_families():
     }
     assert known == BLOCK_OF_ARCHITECTURE
     assert block_of({"architectures": ["LlamaForCausalLM"]}) is None
+    sdar = {"architectures": ["SDARForCausalLM"]}
+    assert [block_of(sdar | said) for said in ({}, {"block_size": None}, {"block_length": 8}, {"block_size": 16})] == [
+        4,
+        4,
+        8,
+        16,
+    ]
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, {"a": 1}, []])
+def test_a_config_that_makes_no_sense_has_no_shape(value):
+    for key in ("architectures", "hidden_size", "num_attention_heads", "moe_layer_freq", "num_experts"):
+        config = PLAIN["llada2"].config | {key: value}
+        assert shape_of(config) is None or key in ("architectures", "moe_layer_freq", "num_experts")
+        assert block_of(config) == (None if key == "architectures" else 8)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +181,18 @@ def test_tensors_are_compared_without_reading_them(tmp_path):
     folder = write(tmp_path, LLADA, n_layers=5)
     found = inspect(str(folder))
     assert "missing: model.transformer.blocks.3" in found.problems[0] and found.family == "llada"
+
+
+def test_what_a_run_makes_cannot_be_looked_at_before(capsys):
+    assert main(["inspect", "tiny:block"]) == 2
+    assert "made when a run starts" in capsys.readouterr().out
+
+
+def test_the_rows_of_a_rollout_are_those_of_its_blocks(tmp_path):
+    for key, rows in (("llada", 64 * 32), ("sdar", 64 * 4)):
+        (tmp_path / key).mkdir()
+        logits = inspect(str(write(tmp_path / key, PLAIN[key]))).memory["rollout"][2]
+        assert logits["how"].startswith(f"{rows} rows"), key
 
 
 @pytest.mark.parametrize("arguments", [[], ["look", "x"], ["inspect"], ["inspect", "a", "b"], ["inspect", "x", "blok=3"]])

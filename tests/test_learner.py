@@ -301,3 +301,36 @@ def test_learning_rates():
     assert [learning_rate(config, 1.0, i, 8) for i in (4, 6, 8)] == pytest.approx([1.0, 0.5, 0.0])
     config.lr_floor = 0.2
     assert [learning_rate(config, 1.0, i, 8) for i in (4, 6, 8)] == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_an_update_without_any_gradient_has_norm_zero():
+    """Without ZeRO DeepSpeed keeps no norm; ours is a tensor, and 0 is a number too."""
+    from types import SimpleNamespace
+
+    from rlpipe.learner.engine import Engine
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    engine = Engine.__new__(Engine)
+    engine.config, engine.lr, engine.total_updates, engine.updates_done, engine.world = (
+        LearnerConfig(zero_stage=0),
+        1.0,
+        1,
+        0,
+        1,
+    )
+
+    class Module:
+        global_steps, module = 0, SimpleNamespace(parameters=lambda: [parameter])
+        optimizer = SimpleNamespace(param_groups=[{}])
+
+        def step(self):
+            self.global_steps += 1
+
+        def nothing(self, *arguments):
+            return None
+
+        backward = set_gradient_accumulation_boundary = get_global_grad_norm = nothing
+
+    engine.module = Module()
+    assert engine.update([[0]], lambda batch: (torch.zeros(()), {}))["grad_norm"] == 0.0

@@ -144,6 +144,8 @@ def test_a_tied_head_that_is_saved_twice(tmp_path):
     assert saved.keys() == {*tensors, HEAD} and torch.equal(saved[HEAD], embedding)
     save_file(tensors | {HEAD: embedding + 1}, folder / SINGLE)
     assert f"{HEAD} differs from the input embedding" in refused(folder)
+    with pytest.raises(ModelError, match="differs from the input embedding"):
+        check_model(folder)
 
 
 def test_buffers_of_old_versions_are_ignored(tmp_path):
@@ -186,6 +188,11 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+def header(folder: Path, entries: dict) -> None:
+    raw = json.dumps(entries).encode()
+    (folder / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 4)
+
+
 @pytest.mark.parametrize(
     "harm, words",
     [
@@ -200,9 +207,16 @@ def cut(path: Path, size: int) -> None:
         (lambda f: (f / INDEX).write_text("{"), [INDEX, "damaged"]),
         (lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x.safetensors"}}'), ["1 of 1 weight files are missing"]),
         (lambda f: (f / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}'), ["that a is in model.safetensors"]),
-        (lambda f: (f / "config.json").write_text("[]"), ["a JSON object, and this is a list"]),
+        (lambda f: (f / "config.json").write_text("[]"), ["a JSON object is expected there, and this is a list"]),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), ["tokenizer_config.json:1: not JSON"]),
         (lambda f: (f / "generation_config.json").write_text("{"), ["generation_config.json:1: not JSON"]),
+        (lambda f: (f / "generation_config.json").write_text("[1]"), ["generation_config.json", "a JSON object is expected"]),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), ["tokenizer_config.json", "a JSON object is expected"]),
+        (lambda f: (f / "config.json").write_bytes(b"\xff{}"), ["config.json", "not UTF-8"]),
+        (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), [INDEX, "damaged"]),
+        (lambda f: header(f, {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}}), ["its header is damaged"]),
+        (lambda f: header(f, {"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}), ["its header is damaged"]),
+        (lambda f: header(f, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}), ["its header is damaged"]),
     ],
 )
 def test_damaged_folders_are_named(llada, harm, words):
@@ -248,6 +262,29 @@ def test_masks_that_cannot_be_right(llada):
     assert load_model(llada, mask_token_id=2).spec.mask_token_id == 2
     change(llada / "config.json", mask_token_id=None)
     assert load_model(llada).spec.mask_token_id == 2, "the tokenizer's"
+
+
+@pytest.mark.parametrize("value", ["x", -1, 0, 1.5, [], {"a": 1}])
+def test_values_of_config_json_that_make_no_sense_are_one_error_or_none(llada, value):
+    """Whatever stands under a key: the folder loads or is refused, by a message."""
+    plain = json.loads((llada / "config.json").read_text())
+    for key in (*plain, "pad_token_id", "block_size", "eos_token_id", "diffusion", "rope_scaling", "tie_word_embeddings"):
+        (llada / "config.json").write_text(json.dumps(plain | {key: value}))
+        try:
+            check_model(llada)
+        except ModelError as error:
+            assert str(llada) in str(error)
+
+
+def test_ids_that_are_none_are_refused(llada):
+    (llada / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    assert "generation_config.json: eos_token_id is ['</s>']" in refused(llada)
+    (llada / "generation_config.json").unlink()
+    entry = {"mask_token_id": 2, "attention": "full", "block_size": 0}
+    change(llada / "config.json", diffusion=entry | {"suppressed_ids": [5000]})
+    assert "the id 5000" in refused(llada)
+    change(llada / "config.json", diffusion=entry | {"eos_token_ids": [1], "suppressed_ids": [1]})
+    assert "the id 1 ends a response and is MASK or suppressed" in refused(llada)
 
 
 def test_a_tokenizer_of_another_model(llada):

@@ -170,6 +170,13 @@ def test_needs_name_what_is_missing(tmp_path, monkeypatch):
     assert "'diffusion' entry" in plan.needs(load(f"model.path={model_folder(tmp_path)}"))[0]
 
 
+def test_needs_look_at_the_value_model_and_at_what_is_converted():
+    lines = plan.needs(load("value.enabled=true", "value.path=no/such/folder", "model.path=convert:nobody/model"))
+    assert "the model to convert: nobody/model (of unknown size)" in lines[0]
+    assert "the value model: no no/such/folder/config.json (value.path)" in lines[1]
+    assert "the value model" not in "\n".join(plan.needs(load("value.path=no/such/folder")))
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
 def test_a_plan_shows_configuration_placement_and_arithmetic(name):
     cfg = recipe.load([f"recipe={name}", "dry_run=true"])

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from test_conversion import causal
+
+from rlpipe import recipe, run
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
@@ -195,6 +198,45 @@ def test_two_ranks_and_three_workers_give_the_same_samples(baseline, tmp_path):
     }
     for key in ("algo/policy_loss", "algo/grad_norm", "algo/entropy"):
         np.testing.assert_allclose(ours[1][key], theirs[1][key], atol=1e-5, rtol=1e-4)
+
+
+def test_what_latest_names_is_settled_when_a_run_starts(tmp_path, monkeypatch):
+    """Another run moves the link; the configuration of this one has to go on meaning what it meant."""
+    old, new = tmp_path / "home" / "old", tmp_path / "home" / "new"
+    for folder in (old, new):
+        (folder / "checkpoints" / "step_1" / "model").mkdir(parents=True)
+        (folder / "pass_rates.jsonl").touch()
+    (old / "model").symlink_to(Path("checkpoints") / "step_1" / "model")
+    latest = tmp_path / "home" / "latest"
+    latest.symlink_to("old")
+    cfg = recipe.load(["recipe=quickstart", f"model.path={latest}/model", f"data.pass_rates={latest}"])
+    cfg.data.mixture = [{"task": "gsm8k", "pass_rates": str(latest)}, {"task": "sudoku"}]
+    cfg.sft.trajectories = str(latest / "own.npz")  # not there
+    settled = run.without_links(cfg)
+    assert settled.model.path == str(old / "checkpoints" / "step_1" / "model") and settled.data.pass_rates == str(old)
+    assert settled.data.mixture == [{"task": "gsm8k", "pass_rates": str(old)}, {"task": "sudoku"}]
+    assert settled.sft.trajectories == str(latest / "own.npz") and run.without_links(settled) == settled
+    latest.unlink()
+    latest.symlink_to("new")
+    (difference, *_) = recipe.differences(settled, run.without_links(cfg))
+    assert difference.startswith("model.path") or "pass_rates" in difference
+    monkeypatch.chdir(tmp_path)
+    cfg.data.pass_rates = "home/latest/pass_rates.jsonl"
+    assert run.without_links(cfg).data.pass_rates == "home/new/pass_rates.jsonl"
+    assert run.without_links(recipe.load(["recipe=quickstart"])).model.path == "tiny:block"
+
+
+def test_a_converted_models_chat_template_reaches_the_prompts(tmp_path, monkeypatch):
+    causal(tmp_path / "ar")
+    (tmp_path / "ar" / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    sources = []
+    monkeypatch.setattr(run, "train", lambda cfg, source, *_: sources.append((cfg, source)))
+    run.run(
+        ["recipe=quickstart", f"model.path=convert:{tmp_path / 'ar'}", "warm_start.steps=0", "data.template=chat"]
+        + [f"output_dir={tmp_path / 'out'}"]
+    )
+    (cfg, source) = sources[0]
+    assert source.prompt(0).text.startswith("<user>") and cfg.model.path.startswith("convert:")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from test_conversion import causal
 from rlpipe.config import ModelConfig, RunConfig
 from rlpipe.contradictions import check as check_contradictions
 from rlpipe.errors import ConfigError
+from rlpipe.sft import training
 from rlpipe.sft.plan import describe
 from rlpipe.sft.training import check, with_epochs
 
@@ -181,14 +182,54 @@ def test_what_supervised_training_cannot_do_is_refused_and_what_it_does_not_heed
     cfg.algo.kl_coef, cfg.value.enabled = 0.1, True
     (warning,) = check(cfg)
     assert "algo.kl_coef, value.enabled" in warning
+    cfg.warm_start.steps = 5
+    assert "warm_start.steps=5: it trains on demonstrations that eval/loss may hold out" in check(cfg)[1]
     with pytest.raises(ConfigError, match="sft.trajectories=FILE"):
         check(configuration(tmp_path, objective="trace"))
     wrong = configuration(tmp_path, objective="blok")
     with pytest.raises(ConfigError, match="sft.objective=blok.*block"):
         check_contradictions(wrong)
     with pytest.raises(ConfigError, match="no end to count passes by"):
-        with_epochs(configuration(tmp_path, epochs=2), type("Endless", (), {"size": None}))
-    assert with_epochs(configuration(tmp_path, epochs=2), type("Finite", (), {"size": 30})).steps == 5
+        with_epochs(configuration(tmp_path, epochs=2), None)
+    assert with_epochs(configuration(tmp_path, epochs=2), 30).steps == 5
+
+
+@pytest.mark.parametrize("path", ["tiny:block", "convert"])
+def test_epochs_are_passes_over_what_is_not_held_out(tmp_path, monkeypatch, path):
+    if path == "convert":
+        causal(tmp_path / "ar")
+        path = f"convert:{tmp_path / 'ar'}"
+    lines = [{"prompt": f"{i}", "response": "12", "step_map": [1, 2]} for i in range(40)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = [json.dumps({"prompt": f"{i}", "answer": "1", "demonstration": "1"}) for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(records))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "x", "answer": "1"}))
+    steps = []
+    monkeypatch.setattr(
+        training, "train", lambda cfg, source, run, resume, warnings, examples: steps.append((cfg.steps, examples))
+    )
+    common = [
+        f"model.path={path}",
+        "sft.epochs=3",
+        "sft.batch_size=4",
+        "sft.held_out=5",
+        f"output_dir={tmp_path / 'out'}",
+        "name=e",
+    ]
+    data = ["data.task=records", f"data.train={tmp_path / 'train.jsonl'}", f"data.test={tmp_path / 'test.jsonl'}"]
+    training.run(["recipe=quickstart", "warm_start.steps=0", "rollout.decoder.max_tokens=8", "data.options={}", *common, *data])
+    training.run(
+        [
+            "recipe=quickstart",
+            "warm_start.steps=0",
+            *common,
+            "sft.objective=trace",
+            f"sft.trajectories={tmp_path / 'own.jsonl'}",
+        ]
+    )
+    (demonstrated, some), (recorded, others) = steps
+    assert some.size == 35 and demonstrated == 27  # 3 × 35 / 4
+    assert others.size + len(others.held_out) == 40 and recorded == -(-3 * others.size // 4) < 30
 
 
 def test_a_plan_names_the_objective_and_its_learner(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from test_learner_samples import groups_of
 from tiny_models import ALPHABET, tiny
 
+from rlpipe.data.report import DEMONSTRATION
 from rlpipe.data.source import PromptSource, held_out
 from rlpipe.errors import CheckpointError, DataError
 from rlpipe.sft.examples import Demonstrations, Recordings, as_trajectory
@@ -67,8 +68,49 @@ def test_the_first_demonstrations_are_held_out_where_tests_have_none():
     assert texts(examples.held_out) == ["00", "01", "02", "03", "04"]
     given = texts(examples.take(80))
     assert given[:3] == ["05", "06", "07"] and not {"00", "01", "02", "03", "04"} & set(given)
-    with pytest.raises(DataError, match="held-out examples only"):
+    with pytest.raises(DataError, match="4 held out: there are none but those; lower sft.held_out"):
         demonstrations(Copy(different=4), hold_out=4).take(1)
+
+
+class Uneven(Copy):
+    """Some demonstrations are missing, some too long, one for another grid."""
+
+    def demonstration(self, index: int) -> Prompt:
+        prompt = super().demonstration(index)
+        if index % 10 == 3:
+            raise DataError(f"line {index}: no field 'demonstration'")
+        longer = prompt.text * 3 if index % 10 == 7 else prompt.demonstration
+        return Prompt(uid=prompt.uid, task="copy", text=prompt.text, demonstration=longer, block_size=8 * (index == 11))
+
+
+def test_demonstrations_that_cannot_be_used_are_found_before_anything_starts():
+    with pytest.raises(DataError, match="line 3: no field 'demonstration'; data.bad_records=skip leaves such ones out"):
+        demonstrations(Uneven(size=40), hold_out=0)
+    with pytest.raises(DataError, match="copy/7 has 6 tokens.*rollout.decoder.max_tokens"):
+        as_trajectory(tiny("block")[1], Uneven().demonstration(7), max_tokens=5, block_size=4)
+    demonstrations(Uneven(), hold_out=0)  # without an end nobody can look at all of them
+
+
+def test_demonstrations_that_cannot_be_used_are_left_out_and_counted_if_asked():
+    def made(source, hold_out=0):
+        return Demonstrations(source, tiny("block")[1], max_tokens=5, block_size=4, hold_out=hold_out, skip_bad=True)
+
+    examples = made(Uneven(size=40))
+    (report,) = examples.reports
+    assert report.dropped == {DEMONSTRATION: 9} and (report.read, report.used, examples.size) == (40, 31, 31)
+    assert "copy/11 asks for blocks of 8" in str(report.listed) and "line 33: no field" in str(report.listed)
+    given = texts(examples.take(31))
+    assert len(set(given)) == 31 and not {"03", "07", "11"} & set(given) and examples.left_out == 9
+    endless = made(Uneven())
+    assert texts(endless.take(31)) == given and endless.size is None and endless.left_out == 9
+    assert texts(made(Uneven(size=40), 5).held_out) == ["00", "01", "02", "04", "05"]
+    assert made(Uneven(size=40), 5).size == 26 and made(Copy(size=40), 5).size == 35
+
+
+def test_a_pass_has_no_held_out_examples():
+    with pytest.raises(DataError, match="of 40, 0 cannot be used and 40 are held out"):
+        demonstrations(Copy(size=40), hold_out=64)
+    assert demonstrations(Copy(size=40)).size == 35 and demonstrations(Copy(size=40, tests=True)).size == 40
 
 
 def test_tests_with_demonstrations_are_the_held_out_ones():
@@ -88,7 +130,9 @@ def test_the_place_in_the_data_is_a_number():
 
 def recorded(kind: str, count: int = 24):
     """Trajectories of a tiny model, two to a prompt."""
-    return [replace(r, uid=f"p{i // 2}", sample=i % 2) for i, r in enumerate(groups_of(kind, count, 2)[1])]
+    found = groups_of(kind, count, 2)[1]
+    prompts = [np.full_like(found[i].prompt_ids, 4 + i // 2 % 19) for i in range(count)]
+    return [replace(r, uid=f"p{i // 2}", sample=i % 2, prompt_ids=prompts[i]) for i, r in enumerate(found)]
 
 
 def test_recordings_survive_a_file_and_come_in_a_fresh_order_every_pass(tmp_path):
@@ -99,7 +143,7 @@ def test_recordings_survive_a_file_and_come_in_a_fresh_order_every_pass(tmp_path
     assert [r.uid for r in read] == [r.uid for r in records]
     examples = Recordings(read, "a.npz", 0, block_size=4, hold_out=4)
     out = {r.uid for r in examples.held_out}
-    assert out and all(held_out(uid) for uid in out)
+    assert out and all(held_out(str(r.prompt_ids.tolist())) for r in examples.held_out)
     passes = [[(r.uid, r.sample) for r in examples.take(examples.size)] for _ in range(2)]
     assert passes[0] != passes[1] and sorted(passes[0]) == sorted(passes[1]) and not out & {uid for uid, _ in passes[0]}
     other = Recordings(read, "a.npz", 0, block_size=4, hold_out=4)
@@ -107,6 +151,18 @@ def test_recordings_survive_a_file_and_come_in_a_fresh_order_every_pass(tmp_path
     assert [(r.uid, r.sample) for r in other.take(5)] == passes[1][:5]
     with pytest.raises(DataError, match="blocks of 4, and the model has full attention"):
         Recordings(read, "a.npz", 0, block_size=0, hold_out=0)
+
+
+def test_recordings_are_held_out_by_their_prompts_whatever_their_uids():
+    records = [replace(r, uid=f"{i}") for i, r in enumerate(recorded("block") * 2)]
+    for count in (1, 2, 4, 64):
+        examples = Recordings(records, "a.npz", 0, block_size=4, hold_out=count)
+        assert 0 < len(examples.held_out) <= count
+        out = {r.prompt_ids.tobytes() for r in examples.held_out}
+        assert examples.rows and not out & {r.prompt_ids.tobytes() for r in examples.rows}
+    changed = [replace(r, response_ids=r.response_ids[::-1].copy()) for r in records]
+    with pytest.raises(CheckpointError, match="recordings"):
+        Recordings(changed, "a.npz", 0, block_size=4, hold_out=64).restore(examples.state())
 
 
 def test_a_line_gives_the_recorded_states_back(tmp_path):
@@ -135,6 +191,12 @@ def test_a_line_gives_the_recorded_states_back(tmp_path):
         ('{"prompt": "1", "response": "23", "step_map": [1]}', r"x.jsonl:2: field 'step_map' has 1 steps for 2 tokens"),
         ('{"prompt_ids": [9999], "response_ids": [5], "step_map": [1]}', r"x.jsonl:2: field 'prompt_ids' has ids outside"),
         ('{"prompt": "1", "response_ids": ["a"], "step_map": [1]}', r"x.jsonl:2: field 'response_ids' must be a list of whole"),
+        (
+            '{"prompt": "1", "response": "2", "step_map": [99999999999]}',
+            r"x.jsonl:2: field 'step_map' has a number of more than",
+        ),
+        ('{"prompt": "1", "response": "23", "step_map": [-2147483647, 2]}', r"x.jsonl:2: field 'step_map' spans more than"),
+        ('{"prompt": "1", "step_map": [' + "1" * 5000 + "]}", r"x.jsonl:2: not usable JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, match):
@@ -145,7 +207,7 @@ def test_bad_lines_are_named(tmp_path, line, match):
 
 
 def test_bad_files_are_named(tmp_path):
-    for name, content in (("a.txt", "x"), ("b.npz", "x"), ("c.jsonl", "\n")):
+    for name, content in (("a.txt", "x"), ("b.npz", "x"), ("c.jsonl", "\n"), ("d.npz", "")):
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=name):
             read_recordings(tmp_path / name, tiny("block")[1], 4)

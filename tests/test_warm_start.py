@@ -1,16 +1,19 @@
 """The supervised warm start: masks, targets, learning, cache."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import ALPHABET, tiny
+from tokenizers.processors import TemplateProcessing
 
 from rlpipe import warm_start
 from rlpipe.config import ModelConfig, RunConfig, WarmStartConfig
 from rlpipe.errors import DataError
 from rlpipe.models.loading import load_model
+from rlpipe.models.made_once import made_once
 from rlpipe.models.tiny import build_tiny
 from rlpipe.trajectory import Prompt
 
@@ -18,7 +21,7 @@ from rlpipe.trajectory import Prompt
 class CopySource:
     """Repeat two digits: learnable in seconds."""
 
-    alphabet = ALPHABET
+    alphabet, identity = ALPHABET, "copy"
 
     def demonstration(self, index: int) -> Prompt:
         digits = f"{index * 7919 % 100:02d}"
@@ -49,6 +52,11 @@ def test_responses_end_with_eos_up_to_the_grid():
     assert ids("123", 5, 6, 0).tolist() == [*tokenizer("123")["input_ids"], *[eos] * 3]
     with pytest.raises(DataError, match="max_tokens"):
         ids("12345", 4, 4, 4)
+    opened = copy.deepcopy(tokenizer)
+    opened.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    assert opened("1")["input_ids"][0] == 0  # a tokenizer that begins every text with a token: the answer is no text's start
+    prompt = Prompt(uid="u", task="t", text="", demonstration="123")
+    assert warm_start.response_ids(opened, prompt, 5, 16, 4).tolist() == ids("123", 5, 16, 4).tolist()
     with pytest.raises(DataError, match="no demonstration"):
         warm_start.response_ids(tokenizer, Prompt(uid="u", task="t", text=""), 4, 4, 4)
 
@@ -76,5 +84,23 @@ def test_the_initial_model_is_cached_by_content(tmp_path):
     assert warm_start.initial_model(cfg, CopySource(), lambda *_: pytest.fail("trained again")) == folder
     cfg.data.options = {"careless": 0.5}
     assert warm_start.initial_model(cfg, CopySource()) != folder
+    edited = CopySource()
+    edited.identity = "copy, with other records in the same file"
+    assert warm_start.initial_model(cfg, edited) != warm_start.initial_model(cfg, CopySource())
     assert load_model(folder).spec.block_size == 4
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_is_made_once_and_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "cache" / "made"
+    with pytest.raises(RuntimeError), made_once(folder) as partial:
+        partial.mkdir()
+        raise RuntimeError("broke off")
+    assert not list(folder.parent.iterdir())
+    with made_once(folder) as partial:
+        partial.mkdir()
+        (partial / "file").write_text("first")
+    with made_once(folder) as partial:  # another process, which started before the first was done
+        partial.mkdir()
+        (partial / "file").write_text("second")
+    assert [path.name for path in folder.parent.iterdir()] == ["made"] and (folder / "file").read_text() == "first"

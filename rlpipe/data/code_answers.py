@@ -61,16 +61,21 @@ def dllm_rl(value: str, fields: Fields) -> dict[str, Any]:
 
 
 def verl(value: Any, fields: Fields) -> dict[str, Any]:
-    """verl's reward_model.ground_truth: an answer, or for code a JSON text with inputs and outputs (and fn_name)."""
+    """verl's reward_model.ground_truth: an answer, or for code a JSON text with inputs and outputs. With fn_name they are the
+    arguments of calls, as lists or as texts with a JSON value a line, and the results; results may all be wrapped in lists of
+    one, as in APPS. Without it a list is the lines of a text."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             return {"answer": value}
     if isinstance(value, Mapping) and {"inputs", "outputs"} <= value.keys():
+        inputs, outputs = (_list(value, name) for name in ("inputs", "outputs"))
+        if len(inputs) != len(outputs):
+            raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs do not pair up")
         if value.get("fn_name"):
-            return {"tests": _calls(value["fn_name"], list(zip(value["inputs"], value["outputs"], strict=True)))}
-        return {"tests": _stdio(value["inputs"], value["outputs"], "inputs", "outputs")}
+            return {"tests": _calls_of_verl(value["fn_name"], inputs, outputs)}
+        return {"tests": _stdio([*map(_joined, inputs)], [*map(_joined, outputs)], "inputs", "outputs")}
     return dict(value) if isinstance(value, Mapping) else {"answer": value}
 
 
@@ -90,7 +95,8 @@ def live_code_bench(value: str, fields: Fields) -> dict[str, Any]:
     if not name:
         raise ValueError("the cases call a function, and metadata has no func_name")
     pairs = [([json.loads(line) for line in c["input"].split("\n") if line.strip()], json.loads(c["output"])) for c in cases]
-    return {"tests": _calls(name, pairs, holder="Solution" if "class Solution" in (fields.get("starter_code") or "") else "")}
+    holder = "Solution" if "class Solution" in (fields.get("starter_code") or "") else ""
+    return {"tests": _calls(name, [(arguments, [wanted]) for arguments, wanted in pairs], holder)}
 
 
 def with_asserts(value: str, fields: Fields) -> str:
@@ -116,8 +122,38 @@ def _stdio(inputs: Any, outputs: Any, first: str, second: str) -> dict[str, Any]
     return {"kind": "stdio", "inputs": read, "outputs": wanted}
 
 
-def _calls(name: str, pairs: list[tuple[list, Any]], holder: str = "") -> dict[str, Any]:
-    """Calls with their results as a check: a tuple is as good as a list. holder: a class that the function is a method of."""
+def _calls_of_verl(name: str, inputs: list, outputs: list) -> dict[str, Any]:
+    if not inputs:
+        raise ValueError("there is not one test case")
+    calls = [[json.loads(line) for line in i.split("\n") if line.strip()] if isinstance(i, str) else i for i in inputs]
+    if not all(isinstance(arguments, list) for arguments in calls):
+        raise ValueError("inputs of a function must be lists of arguments, or texts with a JSON value a line")
+    results = [_result(output) for output in outputs]
+    wrapped = all(isinstance(result, list) and len(result) == 1 for result in results)
+    return _calls(name, [(c, [r, *(r if wrapped else ())]) for c, r in zip(calls, results, strict=True)])
+
+
+def _result(value: Any) -> Any:
+    """A value, or what its JSON says; a text that is no JSON is meant as it stands."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(fields[name], list):
+        raise ValueError(f"holds {name} that are no list: {fields[name]!r:.80}")
+    return fields[name]
+
+
+def _joined(item: Any) -> Any:
+    return "\n".join(item) if isinstance(item, list) and all(isinstance(line, str) for line in item) else item
+
+
+def _calls(name: str, pairs: list[tuple[list, list]], holder: str = "") -> dict[str, Any]:
+    """Calls with the results that are right, as a check: a tuple is as good as a list. holder: a class that the function is a
+    method of."""
     if not name.isidentifier():
         raise ValueError(f"{name!r} is not the name of a function")
     target = f"candidate().{name}" if holder else "candidate"
@@ -127,7 +163,7 @@ def _calls(name: str, pairs: list[tuple[list, Any]], holder: str = "") -> dict[s
         "    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value\n\n\n"
         "def check(candidate):\n"
         "    for arguments, wanted in CASES:\n"
-        f"        assert plain({target}(*arguments)) == wanted\n"
+        f"        assert plain({target}(*arguments)) in wanted\n"
     )
     return {"kind": "check", "entry_point": holder or name, "check": check, "prefix": ""}
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def _text(where: Where, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where.key}={where.name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -114,8 +115,8 @@ def _object(line: str, place: str) -> Mapping[str, Any] | DataError:
         found = json.loads(line)
     except json.JSONDecodeError as error:
         return DataError(f"{place}: not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return DataError(f"{place}: not usable JSON: nested too deeply")
+    except (RecursionError, ValueError) as error:  # the latter: a number of thousands of digits
+        return DataError(f"{place}: not usable JSON: {_too_much(error)}")
     return _checked(found, place)
 
 
@@ -131,8 +132,8 @@ def _json(where: Where, path: Path, text: str) -> Iterable[Any]:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: not usable JSON: nested too deeply") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: not usable JSON: {_too_much(error)}") from error
     if where.records:
         if not isinstance(found, dict) or where.records not in found:
             has = ", ".join(found) if isinstance(found, dict) else type(found).__name__
@@ -143,14 +144,21 @@ def _json(where: Where, path: Path, text: str) -> Iterable[Any]:
     return found.values() if isinstance(found, dict) else found
 
 
+def _too_much(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+
+
 def _csv(path: Path, text: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text))
-    for fields in reader:
-        place = f"{path}:{reader.line_num}"
-        if None in fields or None in fields.values():
-            yield place, DataError(f"{place}: other columns than the {len(reader.fieldnames)} of the first line")
-        else:
-            yield place, fields
+    try:
+        for fields in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in fields or None in fields.values():
+                yield place, DataError(f"{place}: other columns than the {len(reader.fieldnames)} of the first line")
+            else:
+                yield place, fields
+    except csv.Error as error:  # a field of more than 128 KiB, above all
+        raise DataError(f"{path}:{reader.line_num + 1}: {error}; save the file as .jsonl or .parquet") from error
 
 
 def _table(name: str, records: Iterable[Any]) -> Iterator[Row]:
@@ -173,8 +181,11 @@ def _parquet(where: Where, path: Path) -> Iterator[dict[str, Any]]:
         table = parquet.ParquetFile(path)
     except (ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a parquet file that can be read: {error}") from error
-    for batch in table.iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in table.iter_batches():
+            yield from batch.to_pylist()
+    except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read to its end: {error}") from error
 
 
 def _in_package(where: Where) -> Path:

@@ -6,14 +6,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import SEEK_END
 from pathlib import Path
 from random import Random
+from typing import BinaryIO
 
 from rlpipe.data.records import Record
 from rlpipe.errors import ConfigError, DataError
 from rlpipe.trajectory import Prompt
 
 NAME = "pass_rates.jsonl"
+LONGEST_LINE = 1 << 16  # bytes
 UNKNOWN = 0.5  # the place in a curriculum of a record without a figure
 EVERYTHING = (0.0, 1.0)  # the default of data.difficulty; rewards may lie outside, and are not left out for that
 ORDERS = ("none", "easy_to_hard", "target")
@@ -23,7 +26,8 @@ ORDERS = ("none", "easy_to_hard", "target")
 class PassRateLog:
     """Appends a line a scored group to `path`: uid of the prompt, record (what it is a pass over), mean reward, count.
 
-    A run that resumes writes the groups of the steps it repeats once more, with the uids they had; a reader takes the last.
+    A run that resumes writes the groups of the steps it repeats once more, with the uids they had; a reader takes the last. A
+    line that a killed run left half written is cut off first.
     """
 
     path: Path
@@ -33,8 +37,18 @@ class PassRateLog:
         facts = [(p.uid, p.record or p.uid, round(sum(rewards) / len(rewards), 6), len(rewards)) for p, rewards in groups]
         lines = [json.dumps(dict(zip(("uid", "record", "mean", "count"), fact, strict=True))) for fact in facts]
         if lines:
-            with self.path.open("a", encoding="utf8") as file:
-                file.write("\n".join(lines) + "\n")
+            with self.path.open("a+b") as file:
+                _cut_torn_line(file)
+                file.write(("\n".join(lines) + "\n").encode())
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Truncate to the last end of a line."""
+    end = file.seek(0, SEEK_END)
+    start = file.seek(max(0, end - LONGEST_LINE))
+    whole = file.read().rfind(b"\n") + 1
+    if start + whole < end:
+        file.truncate(start + whole)
 
 
 def read(file: str) -> dict[str, tuple[float, int]]:

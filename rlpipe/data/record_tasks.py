@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import zlib
 
 from rlpipe.config import DataConfig
 from rlpipe.data import report as reasons
@@ -53,8 +55,8 @@ def record_source(cfg: DataConfig, seed: int, files: ModelFiles, training: bool 
         train, report = take(train_from, "data.train")
         reports.append(report)
     if test_from == "held_out":
-        test = [record for record in train if held_out(record.text)]
-        train = [record for record in train if not held_out(record.text)]
+        test = [record for record in train if held_out(record.content)]
+        train = [record for record in train if not held_out(record.content)]
         if not test or not train:
             raise DataError(f"data.test=held_out: {train_from} has too few different prompts to hold an eighth of them out")
         for record in test:
@@ -64,7 +66,7 @@ def record_source(cfg: DataConfig, seed: int, files: ModelFiles, training: bool 
         reports.append(report)
     train = _by_difficulty(train, difficulty, reports[0]) if training else []
     order = difficulty.order if difficulty.curriculum != "none" else None
-    named = f"{difficulty.curriculum} by {cfg.pass_rates}" if order else ""
+    named = f"{difficulty.curriculum} by rates {_checksum(train, difficulty):08x}" if order else ""
     source = RecordSource(cfg.task, seed, train, test, reports=reports, order=order, ordered_by=named)
     return source if template.is_plain else Templated(source, template)
 
@@ -99,6 +101,11 @@ def _too_long(text: str, cfg: DataConfig, files: ModelFiles) -> str:
     if cfg.max_prompt_tokens and (count := files.count_tokens(text)) > cfg.max_prompt_tokens:
         return f"prompt of {count} tokens, data.max_prompt_tokens={cfg.max_prompt_tokens}"
     return ""
+
+
+def _checksum(train: list[Record], difficulty: Difficulty) -> int:
+    """Of the records' pass rates: a file of another content gives another order, whatever its name."""
+    return zlib.crc32(json.dumps([difficulty.rates.get(record.key) for record in train]).encode())
 
 
 def _by_difficulty(train: list[Record], difficulty: Difficulty, report: Report) -> list[Record]:

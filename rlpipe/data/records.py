@@ -22,7 +22,7 @@ from rlpipe.trajectory import Prompt
 @dataclass(frozen=True, slots=True)
 class Record:
     """One usable record. place: `file:line` or `file:row n` · name: its uid, or its line or row number · context: the turns of
-    the conversation before its text, (role, content) each · key: of its text, the same in whatever file it stands."""
+    the conversation before its text, (role, content) each · key: of its content, the same in whatever file it stands."""
 
     place: str
     name: str
@@ -35,9 +35,13 @@ class Record:
     context: tuple[tuple[str, str], ...] = ()
 
     @property
+    def content(self) -> str:
+        """What tells it from other prompts: its text, with the turns before it."""
+        return self.text if not self.context else json.dumps([self.context, self.text])
+
+    @property
     def key(self) -> str:
-        text = self.text if not self.context else json.dumps([self.context, self.text])
-        return hashlib.blake2b(text.encode("utf8", "surrogatepass"), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.content.encode(), digest_size=8).hexdigest()
 
     def prompt(self, uid: str, verifier: str) -> Prompt:
         """verifier: the source's own; a record says its verifier only if it is another one."""
@@ -58,7 +62,7 @@ class RecordSource(PromptSource):
     """Training records in passes, each pass in a fresh order that is a function of seed and pass, and held-out ones.
 
     kind: the name of the task · order(records, generator): the records of a pass in the order they are shown in; a shuffle if
-    None. Training records whose text is also held out are left out and counted. Raises DataError if none is left; a source
+    None. Training records whose content is also held out are left out and counted. Raises DataError if none is left; a source
     without any (`train` empty) is for evaluation, and asking it for a training prompt raises DataError.
     """
 
@@ -80,17 +84,18 @@ class RecordSource(PromptSource):
         self.verifier = first.verifier
         self.ordered_by = ordered_by
         self._pass: tuple[int, list[Record]] = (-1, [])
-        self.leave_out({record.text for record in test})
+        self._checksum: int | None = None
+        self.leave_out(self.held_texts)
 
     @property
     def held_texts(self) -> set[str]:
-        return {record.text for record in self.test_records}
+        return {record.content for record in self.test_records}
 
     def leave_out(self, held: set[str]) -> None:
-        """Drop the training records with one of these texts, which some test set has."""
+        """Drop the training records with one of these contents, which some test set has."""
         kept = []
         for record in self.records:
-            if record.text in held:
+            if record.content in held:
                 self._report().drop(reasons.TESTED, record.place, f"{record.place}: its prompt is held out")
             else:
                 kept.append(record)
@@ -100,15 +105,20 @@ class RecordSource(PromptSource):
         self.records = kept
         self.size = len(kept)
         self._pass = (-1, [])
+        self._checksum = None
 
     def _report(self) -> Report:
         return self.reports[0] if self.reports else Report(self.task)
 
     @property
     def identity(self) -> str:
-        checksum = zlib.crc32("\x00".join(record.text for record in self.records).encode("utf8", "surrogatepass"))
+        if self._checksum is None:  # a checkpoint asks each time
+            self._checksum = 0
+            for record in self.records:
+                facts = [record.content, record.answer, record.verifier, record.demonstration, record.block_size]
+                self._checksum = zlib.crc32(json.dumps(facts, sort_keys=True, default=str).encode(), self._checksum)
         order = f", order={self.ordered_by}" if self.ordered_by else ""
-        return f"{self.task}(seed={self.seed}, records={self.size}, checksum={checksum:08x}{order})"
+        return f"{self.task}(seed={self.seed}, records={self.size}, checksum={self._checksum:08x}{order})"
 
     @cached_property
     def alphabet(self) -> str:
@@ -148,15 +158,16 @@ class RecordSource(PromptSource):
         return record.prompt(f"{self.task}/{turn}/{record.name}", self.verifier)
 
     def test_prompts(self, count: int) -> list[Prompt]:
-        first_of = {record.text: record for record in reversed(self.test_records)}
-        kept = [record for record in self.test_records if first_of[record.text] is record]
-        return [record.prompt(f"{self.task}/test/{record.name}", self.verifier) for record in kept[:count]]
+        first: dict[str, Record] = {}
+        for record in self.test_records:
+            first.setdefault(record.content, record)
+        return [record.prompt(f"{self.task}/test/{record.name}", self.verifier) for record in list(first.values())[:count]]
 
     def demonstration(self, index: int) -> Prompt:
         record = self._record(index)[1]
         if record.demonstration is None:
             raise DataError(
-                f"{record.place}: no field 'demonstration', which a warm start needs; add it or set warm_start.steps=0"
+                f"{record.place}: no field 'demonstration', which supervised training needs; add it, or set warm_start.steps=0"
             )
         return self.prompt(index)
 
@@ -202,8 +213,8 @@ def _record(fields: Mapping[str, Any], shape: Shape, place: str, kind: str) -> R
     text, context = _conversation(_converted(shape.read_text, value, fields, name, place), name, place)
     name, value = _field(fields, shape.answer, place)
     answer = _converted(shape.read_answer, value, fields, name, place)
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float, dict)):
-        raise DataError(f"{place}: field '{name}' must be a text, a number or an object, not {answer!r:.200}")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float, dict)) or answer in ("", {}):
+        raise DataError(f"{place}: field '{name}' must be a text, a number or an object that is not empty, not {answer!r:.200}")
     answer = answer if isinstance(answer, dict) else {"answer": answer}
     uid = _optional(fields, shape.uid, place, (str, int))
     block_size = _optional(fields, shape.block_size, place, (int,)) or 0
@@ -216,7 +227,7 @@ def _record(fields: Mapping[str, Any], shape: Shape, place: str, kind: str) -> R
         text=text,
         answer=answer,
         verifier=_optional(fields, shape.verifier_field, place) or ("code" if "tests" in answer else shape.verifier),
-        demonstration=_optional(fields, shape.demonstration, place),
+        demonstration=_readable(_optional(fields, shape.demonstration, place), shape.demonstration[0], place),
         block_size=block_size,
         context=context,
     )
@@ -243,7 +254,21 @@ def _conversation(value: Any, name: str, place: str) -> tuple[str, tuple[tuple[s
         value = value[-1]["content"]
     if not isinstance(value, str) or not value:
         raise DataError(f"{place}: field '{name}' must be a text that is not empty, not {value!r:.200}")
+    for text in (value, *(content for _, content in context)):
+        _readable(text, name, place)
     return value, context
+
+
+def _readable(text: str | None, name: str, place: str) -> str | None:
+    """The same. Raises DataError for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: field '{name}' holds half a character (\\u{ord(error.object[error.start]):04x}) at place "
+            f"{error.start}, which no tokenizer reads; remove it"
+        ) from error
+    return text
 
 
 def _field(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ NAME = "left_out.jsonl"
 LISTED = 10_000  # reasons kept; the counts go on
 SHOWN = 5
 BAD, TOO_LONG, HELD_OUT, TESTED, DIFFICULTY = "bad", "too long", "held out", "also in the test set", "too easy or too hard"
+DEMONSTRATION = "without a demonstration that fits"
 
 
 @dataclass(slots=True)

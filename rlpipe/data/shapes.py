@@ -161,6 +161,10 @@ SHAPES: dict[str, Shape] = {
         text=("Puzzle",), answer=("Puzzle",), verifier="sudoku", demonstration=("Solution",), read_text=sudoku_clues,
         read_answer=lambda value, record: {"clues": sudoku_clues(value, record)}, marks={"Puzzle": "", "Solution": ""},
     ),
+    "pairs": Shape(  # for supervised training, as dLLM-RL writes it
+        text=("prompt",), answer=("answer", "response"), verifier="exact", demonstration=("response",),
+        marks={"prompt": "", "response": ""},
+    ),
     "rlpipe": Shape(  # ours; the last, because nothing marks it
         text=("prompt", "question"), answer=("answer", "ground_truth_answer"), verifier="exact", marks={},
     ),

@@ -102,7 +102,8 @@ class Engine:
         if self.module.global_steps != before + 1:
             raise RlpipeError(f"an update made {self.module.global_steps - before} optimizer steps instead of one")
         self.updates_done += 1
-        return {"sums": sums, "grad_norm": float(norm or self.module.get_global_grad_norm()), "lr": rate}
+        norm = self.module.get_global_grad_norm() if norm is None else norm
+        return {"sums": sums, "grad_norm": float(norm), "lr": rate}
 
     def _plain_norm(self) -> torch.Tensor:
         """Norm of the reduced gradients before clipping; without ZeRO DeepSpeed does not keep it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from rlpipe.learner.sharding import Partitioned, whole_size
 from rlpipe.learner.step import draws_and_passes
 from rlpipe.learner.value import ValueLearner
 from rlpipe.models.adapters import add_adapters
-from rlpipe.models.loading import load_model, load_tokenizer, settings_of
+from rlpipe.models.loading import check_same_tokens, load_model, load_tokenizer, settings_of
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.value import ValueModel
 from rlpipe.models.weights import Manifest, checksum
@@ -53,7 +54,11 @@ class RankWorker:
         join_process_group(self.rank, cfg.learner.workers, master, cfg.learner.timeout_s)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         partitioning = Partitioned(cfg.learner) if cfg.learner.zero_stage == 3 else None
-        return load_model(folder, cfg.model.dtype, device=device, partitioning=partitioning, **settings_of(cfg.model))
+        return load_model(folder, cfg.model.dtype, device=device, partitioning=partitioning, **self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(self.cfg.model) | {"revision": ""}  # of model.path, which is a folder by now; value.path has none
 
 
 class LearnerWorker(RankWorker):
@@ -109,8 +114,10 @@ class ValueWorker(RankWorker):
         """Join the process group and hand the value model to DeepSpeed; returns the number of parameters."""
         cfg = self.cfg
         folder = cfg.value.path or self.model_folder
+        if cfg.value.path:
+            check_same_tokens(self.model_folder, folder, **self._settings)
         model = ValueModel(self._load(master, folder))
-        model.load_head(Path(folder))
+        model.load_head(model.provenance.folder)
         self.learner = ValueLearner(_placed(model), cfg.value, cfg.learner, self.total_updates)
         return sum(whole_size(p) for p in model.parameters())
 

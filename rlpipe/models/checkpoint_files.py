@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlpipe.errors import ModelError
 
@@ -110,20 +111,24 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        tensors = {name: Stored(file, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        ends = [(*entry["data_offsets"], tensors[name]) for name, entry in entries.items()]
+        placed = {name: _placed(file, entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: its header is damaged ({type(error).__name__}: {error}). Fetch it again") from error
-    for begin, end, stored in ends:
+    for begin, end, stored in placed.values():
         if end - begin != stored.numel * BYTES.get(stored.dtype, -1) and stored.dtype in BYTES:
             raise ModelError(f"{file}: its header is damaged (a {stored.dtype} of {stored.shape} in {end - begin} bytes)")
-    declared = 8 + length + max((end for _, end, _ in ends), default=0)
+    declared = 8 + length + max((end for _, end, _ in placed.values()), default=0)
     if declared != size:
         raise ModelError(
             f"{file} has {size} bytes and its header declares {declared}: it is "
             f"{'truncated' if size < declared else 'longer than it should be'}. Fetch it again"
         )
-    return tensors
+    return {name: stored for name, (_, _, stored) in placed.items()}
+
+
+def _placed(file: Path, entry: dict[str, Any]) -> tuple[int, int, Stored]:
+    begin, end = map(operator.index, entry["data_offsets"])
+    return begin, end, Stored(file, str(entry["dtype"]), tuple(map(operator.index, entry["shape"])))
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -131,17 +136,17 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     path = folder / INDEX
     if path.is_file():
         try:
-            index = json.loads(path.read_text(encoding="utf8"))["weight_map"]
-            names = sorted(set(index.values()))
+            where = json.loads(path.read_text(encoding="utf8"))["weight_map"]
+            names = sorted(set(where.values()))
+            missing = [name for name in names if not (folder / name).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}). Fetch it again") from error
-        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
                 f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}: a download that broke "
                 "off? Fetch the folder again"
             )
-        return [folder / name for name in names], index
+        return [folder / name for name in names], where
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], {}
     found = sorted(file for file in folder.glob("*.safetensors") if file.name not in NOT_THE_MODEL)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from rlpipe.errors import ModelError
 from rlpipe.models import attention
 from rlpipe.models.hub import model_folder
 from rlpipe.models.loading import load_tokenizer, read_config, save_model
+from rlpipe.models.made_once import made_once
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.smollm2 import smollm2
 from rlpipe.models.spec import CONFIG_KEY, DiffusionSpec
@@ -49,10 +49,8 @@ def convert(source: str | Path, target: str | Path, block_size: int) -> Diffusio
         logit_shift=0 if block_size else 1,
         suppressed_ids=_padding(lm, tokenizer, source),
     )
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(DiffusionLM(lm, spec), tokenizer, partial)
-    partial.rename(target)
+    with made_once(target) as partial:
+        save_model(DiffusionLM(lm, spec), tokenizer, partial)
     return spec
 
 

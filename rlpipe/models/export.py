@@ -17,16 +17,16 @@ import torch
 
 from rlpipe.errors import ModelError
 from rlpipe.models.checkpoint_files import INDEX, SINGLE
-from rlpipe.models.family import Family
+from rlpipe.models.family import BLOCK_KEYS, Family
 from rlpipe.models.spec import CONFIG_KEY, DiffusionSpec
 from rlpipe.models.weight_map import Origin, WeightMap
 
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model",
+    "merges.txt", "*.model",
 )  # fmt: skip
-COMPANIONS = ("*.py", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*")
+COMPANIONS = ("*.py", "*.jinja", "chat_template.json", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,8 @@ def original_config(provenance: Provenance, spec: DiffusionSpec, dtype: torch.dt
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = str(dtype).removeprefix("torch.")
-    if "block_size" in config and spec.block_size:
-        config["block_size"] = spec.block_size
+    if spec.block_size:
+        config |= {key: spec.block_size for key in BLOCK_KEYS if key in config}
     if "mask_token_id" in config:
         config["mask_token_id"] = spec.mask_token_id
     return config | {CONFIG_KEY: spec.to_dict()}

@@ -169,7 +169,7 @@ LLADA = Family(
         "block_type": ("llama",), "block_group_size": (1,), "layer_norm_type": ("rms",), "activation_type": ("silu",),
         "rope": (True,), "alibi": (False,), "attention_layer_norm": (False,), "layer_norm_with_affine": (True,),
         "include_bias": (False,), "include_qkv_bias": (False,), "bias_for_layer_norm": (False,), "input_emb_norm": (False,),
-        "scale_logits": (False,), "multi_query_attention": (False,),
+        "scale_logits": (False,), "multi_query_attention": (False,), "clip_qkv": (),
     },
     rules=lambda config: tuple(Rename(*names) for names in LLADA_NAMES.items()),
     mask_token="<|mdm_mask|>",

@@ -6,7 +6,7 @@ A newcomer whose network is that of a stock class is one literal of some ten lin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,15 +15,20 @@ from rlpipe.models.spec import CONFIG_KEY, DiffusionSpec
 from rlpipe.models.weight_map import Rule, Tied, WeightMap
 
 # What no family computes otherwise: values of config.json that would change the arithmetic. () is: must not be there.
-ONLY = {"hidden_act": ("silu",), "use_sliding_window": (False,), "quantization_config": ()}
+ALWAYS = {"use_sliding_window": (False,), "quantization_config": ()}
+ONLY = ALWAYS | {"hidden_act": ("silu",)}
+BATCHED_ROPE = ("dynamic", "longrope")  # their frequencies follow the longest text of a batch
 # Not taken over: a padding id would freeze that row of the embedding; the rest plays no part in our forward.
 LEFT_OUT = {
     "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "attention_dropout", "output_router_logits", "layer_types",
     "sliding_window", "use_sliding_window", "max_window_layers",
 }  # fmt: skip
+BLOCK_KEYS = ("block_size", "block_length")
+GENERATION = "generation_config.json"
 OWN = {"tie_word_embeddings", "head_dim"}  # read by every stock class, a field of its config class or not
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 SIZES = {*REQUIRED[:-1], "num_key_value_heads", "head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok"}
+SIZES |= {"n_routed_experts", "n_shared_experts"}
 
 
 @dataclass(frozen=True)
@@ -106,21 +111,38 @@ class Family:
 
         config_class = self.model_class(original).config_class
         try:
-            return config_class.from_dict(original) if not self.stock else config_class(**self._values(original, config_class))
+            if self.stock:
+                config = config_class(**self._values(original, config_class))
+            else:
+                self._refuse(original, ALWAYS)
+                config = config_class.from_dict(original)
+                config.pad_token_id = None  # it would freeze that row of the embedding, which is often EOS's
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ModelError(f"config.json contradicts itself (read as {self.name}): {error}") from error
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if rope in BATCHED_ROPE:
+            raise ModelError(
+                f"config.json: the rotary type {rope!r} changes with the longest text of a batch, so a token's log-probability "
+                "would depend on its neighbours. Known are those that do not: default, linear, llama3, yarn"
+            )
+        return config
+
+    def _refuse(self, said: Mapping[str, Any], only: Mapping[str, tuple]) -> None:
+        """Raises ModelError for the first key whose value is not among those that the stock class computes."""
+        for key, allowed in only.items():
+            if said.get(key) is not None and said[key] not in allowed:
+                known = " or ".join(map(repr, allowed)) or "nothing"
+                stock = self.stock or said["architectures"][0]
+                raise ModelError(
+                    f"config.json: {key} is {said[key]!r}. The family {self.name} is computed by {stock}, which knows "
+                    f"only {known} there; another stock class needs a family of its own (model.family=my_family.py:NAME)"
+                )
 
     def _values(self, original: dict[str, Any], config_class: type) -> dict[str, Any]:
         from transformers import PreTrainedConfig
 
         said = dict(self.defaults) | {key: value for key, value in original.items() if value is not None}
-        for key, allowed in (ONLY | dict(self.only)).items():
-            if key in said and said[key] not in allowed:
-                known = " or ".join(map(repr, allowed)) or "nothing"
-                raise ModelError(
-                    f"config.json: {key} is {said[key]!r}. The family {self.name} is computed by {self.stock}, which knows "
-                    f"only {known} there; another stock class needs a family of its own (model.family=my_family.py:NAME)"
-                )
+        self._refuse(said, ONLY | dict(self.only))
         shared = OWN | {f.name for f in fields(config_class)} - {f.name for f in fields(PreTrainedConfig)} - LEFT_OUT
         values = {key: said[key] for key in shared if key in said}
         values |= {stock: said[name] for stock, name in self.keys.items() if name in said}
@@ -170,22 +192,33 @@ class Family:
         if CONFIG_KEY in original:
             spec = DiffusionSpec.from_dict(original[CONFIG_KEY])
             self._inside(original, spec.mask_token_id)
+            odd = [id for id in (*spec.eos_token_ids, *spec.suppressed_ids) if id >= self._rows(original)]
+            if odd:
+                raise ModelError(
+                    f"the '{CONFIG_KEY}' entry of config.json names the id {odd[0]}, and the embedding has "
+                    f"{self._rows(original)} rows. Correct eos_token_ids or suppressed_ids there"
+                )
             return spec
         mask = self._mask(original, tokens)
         ends = self._ends(original, tokens)
-        pad = _first_id(original.get("pad_token_id"), tokens.pad_id)
-        block = original.get("block_size") or original.get("block_length") or self.block_size
+        pad = _first_id(*_ids(original, "pad_token_id"), tokens.pad_id)
         return DiffusionSpec(
             mask_token_id=mask,
             eos_token_ids=ends,
             attention=self.attention,
-            block_size=int(block) if self.attention == "block" else 0,
+            block_size=self._block(original) if self.attention == "block" else 0,
             logit_shift=self.logit_shift,
             suppressed_ids=(pad,) if pad is not None and pad < self._rows(original) and pad not in (*ends, mask) else (),
         )
 
+    def _block(self, original: dict[str, Any]) -> int:
+        said = next((original[key] for key in BLOCK_KEYS if original.get(key)), self.block_size)
+        if type(said) is not int or said < 1:
+            raise ModelError(f"config.json: block_size is {said!r}, and a block of {self.name} holds at least one token")
+        return said
+
     def _mask(self, original: dict[str, Any], tokens: TokenFacts) -> int:
-        said = (original.get("mask_token_id"), tokens.generation.get("mask_token_id"), tokens.mask_id)
+        said = (*_ids(original, "mask_token_id"), *_ids(tokens.generation, "mask_token_id", GENERATION), tokens.mask_id)
         mask = _first_id(*said, tokens.added.get(self.mask_token), self.mask_id)
         if mask is None:
             raise ModelError(
@@ -206,18 +239,22 @@ class Family:
     def _ends(self, original: dict[str, Any], tokens: TokenFacts) -> tuple[int, ...]:
         """Sorted ids, of all that is said anywhere: chat models end a turn with one token and a text with another."""
         known = [tokens.added.get(text, -1) for text in self.ends] if tokens.added else self.ends.values()
-        said = (tokens.generation.get("eos_token_id"), original.get("eos_token_id"), tokens.eos_id, *known)
+        said = (*_ids(tokens.generation, "eos_token_id", GENERATION), *_ids(original, "eos_token_id"), tokens.eos_id, *known)
         rows = self._rows(original)
-        return tuple(sorted({int(id) for id in _flat(said) if id is not None and 0 <= id < rows}))
+        return tuple(sorted({id for id in said if id is not None and 0 <= id < rows}))
 
     def _rows(self, original: dict[str, Any]) -> int:
         return self.config(original).vocab_size
 
 
 def _first_id(*ids: int | None) -> int | None:
-    return next((int(id) for id in ids if id is not None and id >= 0), None)
+    return next((id for id in ids if id is not None and id >= 0), None)
 
 
-def _flat(values: Iterable) -> Iterable:
-    for value in values:
-        yield from value if isinstance(value, (list, tuple)) else (value,)
+def _ids(said: Mapping[str, Any], key: str, file: str = "config.json") -> list[int]:
+    """One id, several or none. Raises ModelError for what is no id."""
+    value = said.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int for id in ids):
+        raise ModelError(f"{file}: {key} is {value!r}, and the id of a token is a whole number")
+    return ids

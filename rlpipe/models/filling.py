@@ -6,7 +6,7 @@ filled a bucket at a time, so that no rank ever holds a whole copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -66,9 +66,14 @@ class Mismatch:
 
 
 def empty_model(model_class: type, config, dtype: torch.dtype) -> nn.Module:
-    """The class on the meta device: names and shapes, and no memory."""
-    with torch.device("meta"):
-        return model_class._from_config(config, dtype=dtype)
+    """The class on the meta device: names and shapes, no memory. Raises ModelError if the config describes none."""
+    try:
+        with torch.device("meta"):
+            return model_class._from_config(config, dtype=dtype)
+    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise ModelError(
+            f"no {model_class.__name__} can be made of what config.json says: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def stock_tensors(lm: nn.Module) -> dict[str, torch.Tensor]:
@@ -103,15 +108,13 @@ def compare(lm: nn.Module, files: WeightFiles, weights: WeightMap) -> Mismatch:
 
 @torch.no_grad()
 def fill(lm: nn.Module, files: WeightFiles, weights: WeightMap, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Give an `empty_model` its weights, in place. Raises ModelError for a copy of a tied weight that is not its equal."""
+    """Give an `empty_model` its weights, in place."""
     for name, tensor in stock_tensors(lm).items():
         value = torch.empty(tensor.shape, dtype=_dtype_of(lm, name, dtype), device=device)
         value.copy_(_read(files, weights, name))
         _put(lm, name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
     compute_buffers(lm, device)
     lm.tie_weights()
-    for copy, stock in tied_copies(lm, files.tensors, weights).items():
-        _check_tied(lm, files, copy, stock)
     return lm.eval()
 
 
@@ -194,13 +197,15 @@ def tied_copies(lm: nn.Module, names: Iterable[str], weights: WeightMap) -> dict
     return found
 
 
-def _check_tied(lm: nn.Module, files: WeightFiles, copy: str, stock: str) -> None:
-    source = lm.get_parameter(stock)
-    if not torch.equal(files.read(copy).to(source.device, source.dtype), source):
-        raise ModelError(
-            f"{files.folder}: config.json says that input and output embeddings are one (tied), and {copy} differs from the "
-            'input embedding. Set "tie_word_embeddings": false there if both are meant'
-        )
+def check_tied(files: WeightFiles, weights: WeightMap, copies: Mapping[str, str]) -> None:
+    """copies: of `tied_copies`. Raises ModelError for one that is not the equal of what it repeats; only these are read."""
+    for copy, stock in copies.items():
+        source = files.read(weights.stock(stock).names[0])
+        if not torch.equal(files.read(copy).to(source.dtype), source):
+            raise ModelError(
+                f"{files.folder}: config.json says that input and output embeddings are one (tied), and {copy} differs from "
+                'the input embedding. Set "tie_word_embeddings": false there if both are meant'
+            )
 
 
 def _first_line(error: Exception) -> str:

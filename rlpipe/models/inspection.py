@@ -1,4 +1,4 @@
-"""What a model folder is and whether it will work: everything that can be said without reading a weight."""
+"""What a model folder is and whether it will work: everything that can be said without loading its weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rlpipe.models.families import find_family
 from rlpipe.models.loading import Recognised, check_tensors, has_tokenizer, load_tokenizer, read_config, recognise
 
 SLOTS, TOKENS, BUDGET, RANKS = 64, 2048, 8192, 8  # what the memory of roles is shown for
+MADE = ("tiny:", "convert:")
+FULL_BLOCK = 32  # that decoders of models with full attention look at together
 BFLOAT16 = 2
 
 
@@ -58,6 +60,9 @@ class Inspection:
 def inspect(path: str, **settings: Any) -> Inspection:
     """settings: keywords of `recognise`. Goes on after a problem as far as it can, so that all of them are told at once."""
     found = Inspection(path)
+    if path.startswith(MADE):
+        found.problems.append(f"{path} is made when a run starts; dry_run=true of that run shows its size")
+        return found
     known = _attempt(found, lambda: recognise(path, **settings))
     folder = known.folder if known else _folder(path, settings.get("revision", ""))
     if folder is None:
@@ -75,7 +80,7 @@ def inspect(path: str, **settings: Any) -> Inspection:
         family = _quietly(lambda: find_family(config, settings.get("family", "")))
         found.family = family.name if family else ""
     if found.parameters is not None:
-        found.memory = {role: [asdict(part) for part in parts] for role, parts in _roles(shape, found.parameters).items()}
+        found.memory = {role: [asdict(part) for part in parts] for role, parts in _roles(found, shape).items()}
     return found
 
 
@@ -147,9 +152,10 @@ def _look_at_model(found: Inspection, known: Recognised) -> None:
         _attempt(found, lambda: check_tensors(known))
 
 
-def _roles(shape: Shape | None, parameters: int) -> dict[str, list[memory.Part]]:
+def _roles(found: Inspection, shape: Shape | None) -> dict[str, list[memory.Part]]:
+    parameters = found.parameters
     learner = {"stage": 3, "offload": False, "token_budget": BUDGET, "checkpointing": True}
-    rows = SLOTS * 4
+    rows = SLOTS * (found.block_size or FULL_BLOCK)
     return {
         "rollout": memory.rollout_parts(shape, parameters, BFLOAT16, slots=SLOTS, tokens=TOKENS, rows=rows),
         "learner": memory.learner_parts(shape, parameters, BFLOAT16, ranks=1, **learner),

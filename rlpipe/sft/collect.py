@@ -22,7 +22,7 @@ def collect(arguments: list[str]) -> int:
     from rlpipe import recipe
     from rlpipe.data.registry import source_of
     from rlpipe.eval.pools import workers
-    from rlpipe.run import check_model
+    from rlpipe.run import check_model, check_parts
     from rlpipe.warm_start import initial_model, with_converted_model
 
     own = {**OWN, **dict(a.partition("=")[::2] for a in arguments if a.partition("=")[0] in OWN)}
@@ -30,9 +30,10 @@ def collect(arguments: list[str]) -> int:
     cfg = recipe.load([argument for argument in arguments if argument.partition("=")[0] not in OWN])
     for warning in recipe.check(cfg):
         print(f"warning: {warning}")
-    check_model(cfg)
+    size = check_model(cfg)
     cfg = with_converted_model(cfg)
     source = source_of(cfg)
+    check_parts(cfg, source, size)
     folder = str(initial_model(cfg, source).resolve())
     prompts = [source.prompt(i) for i in range(min(count, source.size or count))]
     kept: list[Trajectory] = []

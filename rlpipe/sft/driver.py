@@ -107,6 +107,8 @@ class SftDriver:
             metrics["sft/certainty"] = float(updates[0]["sums"]["certainty_loss"])
         else:
             metrics["sft/entropy"] = found["algo/entropy"]
+        if self.cfg.data.bad_records == "skip":
+            metrics["sft/left_out"] = float(self.examples.left_out)
         seconds = time.perf_counter() - started
         metrics["perf/step_s"] = seconds
         metrics["perf/update_tokens_per_s"] = plan.packed_tokens / seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def check_grid(trajectory: Trajectory, block_size: int, name: str) -> None:
 def _archive(file: Path) -> list[Trajectory]:
     try:
         return list(Trajectories.load(file))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{file} holds no trajectories that can be read: {error}") from error
 
 
@@ -86,6 +87,8 @@ def _record(line: str, place: str, tokenizer, block_size: int) -> Trajectory:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{place}: not usable JSON: {error}") from error
     if not isinstance(fields, dict):
         raise DataError(f"{place}: a {type(fields).__name__} where an object with fields was expected")
     prompt = _tokens(fields, "prompt", place, tokenizer)
@@ -98,7 +101,9 @@ def _record(line: str, place: str, tokenizer, block_size: int) -> Trajectory:
             f"{place}: field 'step_map' has {len(steps)} steps for {len(response)} tokens of the response; text that tokenises "
             "in another way than it was sampled needs prompt_ids and response_ids"
         )
-    step = steps - steps.min()
+    step = steps.astype(np.int64) - steps.min()
+    if step.max() >= 1 << 31:
+        raise DataError(f"{place}: field 'step_map' spans more than 31 bits; number the steps from 0")
     spare = -(len(prompt) + len(response)) % block_size if block_size else 0
     return committed(
         str(fields.get("uid") or prompt.tolist()),
@@ -119,11 +124,13 @@ def _tokens(fields: dict[str, Any], name: str, place: str, tokenizer) -> np.ndar
     text = fields.get(name)
     if not isinstance(text, str) or not text:
         raise DataError(f"{place}: field '{name}' must be a text that is not empty, or '{name}_ids' a list of ids")
-    return np.array(tokenizer(text)["input_ids"], np.int32)
+    return np.array(tokenizer(text, add_special_tokens=name == "prompt")["input_ids"], np.int32)
 
 
 def _numbers(fields: dict[str, Any], name: str, place: str) -> np.ndarray:
     values = fields.get(name)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise DataError(f"{place}: field '{name}' must be a list of whole numbers")
+    if any(abs(value) >= 1 << 31 for value in values):
+        raise DataError(f"{place}: field '{name}' has a number of more than 31 bits")
     return np.array(values, np.int32)

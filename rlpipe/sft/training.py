@@ -23,12 +23,12 @@ def run(arguments: list[str]) -> int:
     """Check everything, then train; returns the process's exit code."""
     from rlpipe import recipe
     from rlpipe.data.registry import source_of
-    from rlpipe.run import check_model, finished, run_folder
+    from rlpipe.run import check_model, finished, run_folder, without_links
 
     if {"help=true", "--help", "-h"} & set(arguments):
         print(recipe.document().replace("rlpipe.run", "rlpipe.sft", 1))
         return 0
-    cfg = recipe.load(arguments)
+    cfg = without_links(recipe.load(arguments))
     warnings = recipe.check(cfg) + check(cfg)
     if cfg.dry_run:
         from rlpipe.sft.plan import describe
@@ -37,16 +37,19 @@ def run(arguments: list[str]) -> int:
         for warning in warnings:
             print(f"warning: {warning}")
         return 0
-    from rlpipe.warm_start import with_converted_model
+    from rlpipe.warm_start import initial_model, with_converted_model
 
     check_model(cfg)
     source = source_of(with_converted_model(cfg))  # templates and token counts may need the model's folder
-    cfg = with_epochs(cfg, source)
+    examples = None
+    if cfg.sft.epochs:
+        examples = _examples(cfg, source, initial_model(cfg, source))
+        cfg = with_epochs(cfg, examples.size)
     run_dir, resume_from = run_folder(cfg)
     if resume_from is not None and finished(cfg, resume_from):
         print(f"{run_dir} is finished (step {cfg.steps}); raise steps= to train on, or give resume=never to start anew")
         return 0
-    return train(cfg, source, run_dir, resume_from, warnings)
+    return train(cfg, source, run_dir, resume_from, warnings, examples)
 
 
 def check(cfg: RunConfig) -> list[str]:
@@ -61,25 +64,27 @@ def check(cfg: RunConfig) -> list[str]:
     learner_config(cfg)
     said = flat(cfg).items()
     ignored = [key for key, value in said if key.startswith(("algo.", "value.")) and value != DEFAULTS[key]]
-    return [f"{', '.join(ignored)}: choices of RL, which supervised training does not heed"] if ignored else []
+    warnings = [f"{', '.join(ignored)}: choices of RL, which supervised training does not heed"] if ignored else []
+    if cfg.warm_start.steps and cfg.sft.held_out and not cfg.sft.trajectories:
+        warnings.append(
+            f"warm_start.steps={cfg.warm_start.steps}: it trains on demonstrations that eval/loss may hold out; set it 0"
+        )
+    return warnings
 
 
 DEFAULTS: Mapping[str, Any] = flat(RunConfig())
 
 
-def with_epochs(cfg: RunConfig, source) -> RunConfig:
-    """The configuration with `steps` worked out from sft.epochs, where that is given. Raises ConfigError if the data has no
-    end."""
-    if not cfg.sft.epochs:
-        return cfg
-    size = len(_recordings(cfg)) if cfg.sft.trajectories else source.size
+def with_epochs(cfg: RunConfig, size: int | None) -> RunConfig:
+    """The configuration with the `steps` that sft.epochs comes to. size: examples of a pass, held-out ones apart. Raises
+    ConfigError if the data has no end."""
     if size is None:
         raise ConfigError(f"sft.epochs={cfg.sft.epochs}: {cfg.data.task} has no end to count passes by; set steps instead")
     return dataclasses.replace(cfg, steps=max(1, math.ceil(size * cfg.sft.epochs / cfg.sft.batch_size)))
 
 
-def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str]) -> int:
-    """Connect, build the driver, run it, leave a summary."""
+def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str], examples=None) -> int:
+    """Connect, build the driver, run it, leave a summary. examples: if they have been made already."""
     from rlpipe import checkpoint, cluster, recipe
     from rlpipe.data import report
     from rlpipe.monitor.console import Column
@@ -102,11 +107,12 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
             monitor.note(cfg.description.strip())
         for warning in warnings:
             monitor.warn(warning)
-        if report.write(source.reports, run_dir / report.NAME):
-            monitor.note(f"records that were left out: {run_dir / report.NAME}")
         with monitor.phase("initial weights", cfg.warm_start.steps) as phase:
             folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
-        examples = _examples(cfg, source, folder)
+        with monitor.phase("looking at the examples"):
+            examples = examples or _examples(cfg, source, folder)
+        if report.write((*source.reports, *examples.reports), run_dir / report.NAME):
+            monitor.note(f"records that were left out: {run_dir / report.NAME}")
         monitor.note(f"training on {examples.identity}{f'; {examples.size} a pass' if examples.size else ''}")
         needed = [role for role in roles(cfg) if role.name == "learner"]
         cluster.connect(
@@ -131,22 +137,21 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         cluster.disconnect()
 
 
-def _recordings(cfg: RunConfig, tokenizer=None, block_size: int = 0) -> list:
-    from rlpipe.models.loading import load_tokenizer
-    from rlpipe.sft.recordings import read_recordings
-
-    return read_recordings(cfg.sft.trajectories, tokenizer or load_tokenizer(cfg.model.path), block_size)
-
-
 def _examples(cfg: RunConfig, source, folder: Path):
     from rlpipe.models.loading import load_tokenizer, recognise, settings_of
     from rlpipe.sft.examples import Demonstrations, Recordings
+    from rlpipe.sft.recordings import read_recordings
 
     tokenizer = load_tokenizer(folder)
     size = recognise(folder, **settings_of(cfg.model)).spec.block_size
     if cfg.sft.trajectories:
-        found = _recordings(cfg, tokenizer, size)
+        found = read_recordings(cfg.sft.trajectories, tokenizer, size)
         return Recordings(found, cfg.sft.trajectories, cfg.seed, block_size=size, hold_out=cfg.sft.held_out)
     return Demonstrations(
-        source, tokenizer, max_tokens=cfg.rollout.decoder.max_tokens, block_size=size, hold_out=cfg.sft.held_out
+        source,
+        tokenizer,
+        max_tokens=cfg.rollout.decoder.max_tokens,
+        block_size=size,
+        hold_out=cfg.sft.held_out,
+        skip_bad=cfg.data.bad_records == "skip",
     )
