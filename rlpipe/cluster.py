@@ -86,17 +86,17 @@ def disconnect() -> None:
 
 def ledger(roles: Sequence[Role], resources: dict[str, float]) -> str:
     """A table of what the roles ask for against what the cluster has (Ray's resource dict)."""
-    lines = [f"{'role':<12}{'workers':>8}{'CPUs':>10}{'GPUs':>8}{'memory':>12}"]
+    lines = [f"{'role':<12}{'workers':>8}{'CPUs':>10}{'GPUs':>8}{'host memory':>14}"]
     for role in roles:
         memory = f"{role.workers * role.memory_gb:.1f} GB" if role.memory_gb else "unknown"
         lines.append(
-            f"{role.name:<12}{role.workers:>8}{role.workers * role.cpus:>10.2f}{role.workers * role.gpus:>8.2f}{memory:>12}"
+            f"{role.name:<12}{role.workers:>8}{role.workers * role.cpus:>10.2f}{role.workers * role.gpus:>8.2f}{memory:>14}"
         )
     cpus, gpus = (sum(r.workers * getattr(r, k) for r in roles) for k in ("cpus", "gpus"))
     has_memory = f"{resources['memory'] / 2**30:.1f} GB" if "memory" in resources else "unknown"
     lines.append(f"{'need':<12}{'':>8}{cpus:>10.2f}{gpus:>8.2f}")
     lines.append(
-        f"{'cluster has':<12}{'':>8}{resources.get('CPU', 0.0):>10.2f}{resources.get('GPU', 0.0):>8.2f}{has_memory:>12}"
+        f"{'cluster has':<12}{'':>8}{resources.get('CPU', 0.0):>10.2f}{resources.get('GPU', 0.0):>8.2f}{has_memory:>14}"
     )
     return "\n".join(lines)
 

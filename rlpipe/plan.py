@@ -60,9 +60,9 @@ def roles(cfg: RunConfig) -> list[Role]:
     count, ranks = parameter_count(cfg), cfg.learner.workers
     rollout_gb = learner_gb = 0.0
     if count is not None:
-        rollout_gb = PROCESS_GB + count * BYTES[cfg.model.dtype] / 2**30
-        held = learner_parts(None, count, BYTES[cfg.model.dtype], **_learner_settings(cfg))
-        learner_gb = PROCESS_GB + sum(part.nbytes for part in held) / 2**30
+        rollout_gb = PROCESS_GB + (0 if cfg.rollout.gpus else count * BYTES[cfg.model.dtype] / 2**30)
+        parts = learner_parts(None, count, BYTES[cfg.model.dtype], **_learner_settings(cfg))
+        learner_gb = PROCESS_GB + sum(part.nbytes for part in parts if part.on_host or not cfg.learner.gpus) / 2**30
     found = [
         Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus, rollout_gb),
         Role("verifier", cfg.verifier.workers, cfg.verifier.cpus, 0.0, VERIFIER_GB),
@@ -232,7 +232,7 @@ def describe(cfg: RunConfig, resources: dict[str, float] | None) -> str:
             to_yaml(cfg).rstrip(),
             f"model: {f'{count / 1e6:.2f}M parameters' if count else 'size unknown until its config.json is there'}",
             describe_source(cfg),
-            "placement (memory per role without activations and caches)\n" + ledger(roles(cfg), resources or local_resources()),
+            "placement (host memory per role, without activations and caches; of the GPUs see below)\n" + ledger(roles(cfg), resources or local_resources()),
             "memory of one worker, estimated\n" + memory(cfg),
             "one step\n" + step_arithmetic(cfg),
             "needed and not here:\n" + "\n".join(f"  - {item}" for item in missing) if missing else "everything needed is here",

@@ -29,6 +29,9 @@ NOT_IN_THE_NUMBERS = (
     "learner.cpus", "learner.bucket_mb", "learner.timeout_s",
 )  # fmt: skip
 
+# What a task brings besides its name, and what stands there without.
+OF_A_TASK: dict[str, Any] = {"train": "", "test": "", "format": "auto", "options": {}}
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -62,7 +65,7 @@ def load(arguments: Sequence[str], start: Any = None, root: type = RunConfig) ->
         raise ConfigError(f"say which recipe: recipe=NAME or recipe=path.yaml. Known: {', '.join(sorted(_known()))}")
     layers = _layers(path, ()) if path else []
     merged = OmegaConf.structured(root if start is None else start)
-    for layer in [*layers, *(_override(key, value, root) for key, value in overrides.items())]:
+    for layer in [*layers, _command_line(overrides, root)]:
         merged = _merge(merged, layer, root)
     try:
         cfg = OmegaConf.to_object(merged)
@@ -151,6 +154,18 @@ def _read(path: Path) -> _Layer:
     return _Layer(str(path), tree, lines)
 
 
+def _command_line(overrides: Mapping[str, str], root: type) -> _Layer:
+    """All overrides as one layer, so that their order does not matter: a preset never replaces a key given beside it."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.create({})
+    for key, value in overrides.items():
+        layer = _override(key, value, root)
+        _check_keys(layer, root)
+        tree = OmegaConf.merge(tree, layer.tree)
+    return _Layer("command line", tree, {})
+
+
 def _override(key: str, value: str, root: type) -> _Layer:
     """One override. A text is taken as it stands unless it is quoted: `1e5`, `yes` or nothing mean themselves."""
     import yaml
@@ -171,18 +186,11 @@ def _merge(cfg: Any, layer: _Layer, root: type) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    said = flatten(OmegaConf.to_container(layer.tree), root=root)
-    for key, value in said.items():
-        if not schema.is_known(key, root):
-            raise ConfigError(f"{layer.place(key)}: there is no key {key}{schema.suggestion(key, root)} (help=true lists all)")
-        if key in schema.sections(root) and value is not None and not isinstance(value, Mapping):
-            inside = ", ".join(name for name in schema.keys(root) if name.startswith(f"{key}."))
-            raise ConfigError(f"{layer.place(key)}: {key}={value}: {key} is a section; its keys are {inside}")
+    said = _check_keys(layer, root)
     for key in [key for key, value in said.items() if value is None and key in schema.sections(root)]:
         OmegaConf.update(layer.tree, key, {})  # a section with every line commented out
-    other_task = "data.task" in said and said["data.task"] != cfg.data.task
-    if other_task or said.get("data.mixture"):  # options belong to a task: another one's would be refused
-        OmegaConf.update(cfg, "data.options", {}, merge=False)
+    for key, value in _of_another_task(cfg, said).items():
+        OmegaConf.update(cfg, key, value, merge=False)
     other = said.get("eval.decoder")
     if isinstance(other, Mapping) and other.get("preset"):  # a named decoder is whole: nothing of an earlier layer stays
         OmegaConf.update(cfg, "eval.decoder", {}, merge=False)
@@ -197,6 +205,33 @@ def _merge(cfg: Any, layer: _Layer, root: type) -> Any:
         expected = f"expected {about}" if about else str(error).splitlines()[0]
         value = said.get(key)
         raise ConfigError(f"{layer.place(key)}: {key}={value!r} ({type(value).__name__}): {expected}") from error
+
+
+def _check_keys(layer: _Layer, root: type) -> dict[str, Any]:
+    """Dotted key → value of a layer. Raises ConfigError for a key that is unknown, or a section that is given a value."""
+    from omegaconf import OmegaConf
+
+    said = flatten(OmegaConf.to_container(layer.tree), root=root)
+    for key, value in said.items():
+        if not schema.is_known(key, root):
+            raise ConfigError(f"{layer.place(key)}: there is no key {key}{schema.suggestion(key, root)} (help=true lists all)")
+        if key in schema.sections(root) and value is not None and not isinstance(value, Mapping):
+            inside = ", ".join(name for name in schema.keys(root) if name.startswith(f"{key}."))
+            raise ConfigError(f"{layer.place(key)}: {key}={value}: {key} is a section; its keys are {inside}")
+        for name, item in value.items() if isinstance(value, Mapping) else ():
+            if item is None and ":" in str(name):
+                raise ConfigError(f"{layer.place(key)}: {key}.{name} has no value; put a space behind the colon: {{a: 1}}")
+    return said
+
+
+def _of_another_task(cfg: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of earlier layers that fall with their task when a layer names another one, or a mixture: what they name would
+    be refused, or, like the files of records, read under the new task's name."""
+    mixed, named = said.get("data.mixture"), "data.task" in said
+    fallen = {"data.mixture": []} if mixed or named else {}
+    if mixed or (named and said["data.task"] != cfg.data.task):
+        fallen |= {f"data.{name}": value for name, value in OF_A_TASK.items()}
+    return fallen
 
 
 def _expand_preset(cfg: Any, layer: _Layer, section: str, settings_of: Callable[[str], dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from rlpipe.config import RunConfig
+from rlpipe.config import RunConfig, SftConfig
 from rlpipe.contradictions import CONVERT
 from rlpipe.errors import CheckpointError, ConfigError, DataError, ModelError, RlpipeError
 
@@ -57,6 +57,8 @@ def run(arguments: list[str]) -> int:
         return 0
     from rlpipe.warm_start import with_converted_model  # torch, which a dry run does without
 
+    if cfg.sft != SftConfig():
+        log.warning("this recipe has a section sft, which plays no part here: supervised training is python -m rlpipe.sft")
     source = source_of(with_converted_model(cfg))  # templates and token counts may need the model's folder
     check_parts(cfg, source, check_model(cfg))
     run_dir, resume_from = run_folder(cfg)

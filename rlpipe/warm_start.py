@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -56,14 +57,26 @@ def initial_model(cfg: RunConfig, source, progress: Callable[[int, int], None] |
         tokenizer = load_tokenizer(cfg.model.path, cfg.model.revision)
         model = load_model(cfg.model.path, cfg.model.dtype, **settings_of(cfg.model))
     if cfg.warm_start.steps:
-        losses = train(
-            model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress
-        )
+        with _threads(cfg.learner.threads):
+            losses = train(
+                model, tokenizer, source.demonstration, cfg.warm_start, cfg.rollout.decoder.max_tokens, cfg.seed, progress
+            )
     with made_once(folder) as partial:
         save_model(model, tokenizer, partial)
         facts = {"steps": cfg.warm_start.steps, "losses": losses if cfg.warm_start.steps else [], "task": cfg.data.task}
         (partial / "warm_start.json").write_text(json.dumps(facts | {"options": cfg.data.options}, indent=1), encoding="utf8")
     return folder
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch with so many threads: sums over other numbers of them are other numbers, so the machine must not choose."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def with_converted_model(cfg: RunConfig) -> RunConfig:
@@ -85,6 +98,7 @@ def _content_hash(cfg: RunConfig, source) -> str:
         "warm_start": asdict(cfg.warm_start),
         "data": asdict(cfg.data),
         "max_tokens": cfg.rollout.decoder.max_tokens,
+        "threads": cfg.learner.threads,
         "seed": cfg.seed,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

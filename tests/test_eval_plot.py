@@ -78,6 +78,16 @@ def test_the_frontier_is_of_those_that_no_other_beats():
         assert beaten == (one not in frontier(POINTS))
 
 
+def test_long_titles_and_notes_stay_on_the_page():
+    root = ElementTree.fromstring(svg(POINTS, f"gym:{'+'.join(['sum'] * 40)}: 9 prompts × 4 samples", "HEX: the vote"))
+    (title,) = [text.text for text in root.findall(f"{SVG}text") if text.get("class") == "title"]
+    assert title.startswith("gym:") and title.endswith("9 prompts × 4 samples")
+    assert LEFT + 9.4 * len(title) < WIDTH
+    below = [text for text in root.findall(f"{SVG}text") if text.get("class") == "soft" and text.get("x") == str(LEFT)]
+    assert [text.text[:6] for text in below] == ["filled", "HEX: t"] and len({text.get("y") for text in below}) == 2
+    assert all(LEFT + 6 * len(text.text) < WIDTH and float(text.get("y")) < HEIGHT for text in below)
+
+
 def test_nothing_to_plot():
     with pytest.raises(ValueError):
         svg([], "t")

@@ -1,6 +1,8 @@
 """Whole evaluations of tiny models: the same numbers however the work is cut, interrupted or added to."""
 
 import contextlib
+import dataclasses
+import io
 import json
 import math
 from xml.etree import ElementTree
@@ -167,6 +169,38 @@ def test_more_of_everything_can_be_added(evaluate, tmp_path):
     assert grown == evaluate("block", "whole", *more)[0]
 
 
+def test_what_is_there_stays_when_it_is_drawn_again(evaluate, tmp_path, monkeypatch):
+    """Another machine may draw another response: one that is judged is not replaced."""
+    evaluate("block", "grown", "samples=1", "prompts=5")
+    before, drawn = samples_of(tmp_path, "grown").splitlines(), session.draw
+
+    def other(*args, **settings):
+        for index, group in drawn(*args, **settings):
+            yield index, [dataclasses.replace(sample, text="other") for sample in group]
+
+    monkeypatch.setattr(session, "draw", other)
+    evaluate("block", "grown", "samples=2", "prompts=5", "resume=auto")
+    after = samples_of(tmp_path, "grown").splitlines()
+    assert after[::2] == before and all(json.loads(line)["text"] == "other" for line in after[1::2])
+
+
+def test_verdicts_are_kept_when_a_later_one_fails(evaluate, tmp_path, monkeypatch):
+    whole, _ = evaluate("block", "whole")
+    score, left = InProcess.score_groups, [3]
+
+    def fails(self, groups):
+        left[0] -= 1
+        return score(self, groups) if left[0] else [VerifierFailed("on purpose")] * len(groups)
+
+    monkeypatch.setattr(InProcess, "score_groups", fails)
+    few = ("verifier.workers=1", "verifier.batch_size=1")
+    monkeypatch.setattr(session, "JUDGED_TOGETHER", 4)
+    with pytest.raises(VerifierFailed, match="on purpose"):
+        evaluate("block", "parts", *few)
+    assert sum(json.loads(line)["parts"] is not None for line in samples_of(tmp_path, "parts").splitlines()) == 8
+    assert evaluate("block", "parts", *few, "resume=auto")[0] == whole
+
+
 def test_hex_votes_over_block_lengths(evaluate, tmp_path):
     near = "{preset: fast_dllm_dual, block_size: 4, hex: [4]}"
     results, _ = evaluate("full", "a", f"decoders=[{{score: random, label: any}},{near}]", "hex=[2,4]", "samples=2", "k=[1,2]")
@@ -218,12 +252,34 @@ def test_dry_run_says_what_would_be_done(folders, capsys):
     assert "5 decoders × 3 × 2 = 30 responses" in shown and "threshold=0.5" in shown and "ask " in shown
 
 
+def test_a_dry_run_downloads_no_model(capsys, monkeypatch):
+    monkeypatch.setattr(session, "plan", None)
+    assert command.evaluate(["model.path=OWNER/NOT-HERE", "task=sudoku", "dry_run=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "hf download OWNER/NOT-HERE" in shown and "template of sudoku" in shown
+
+
 def test_failures_are_one_line_with_an_exit_code(folders, capsys):
     assert command.main(["model.path=/nowhere", "task=sudoku"]) == 2
     assert command.main([f"model.path={folders / 'block'}", "decoders=[sdar_dinamic]"]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 2 and all(line.startswith("error: ") for line in shown)
     assert command.main(["help=true"]) == 0 and "decoders: list[Any]" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_gets_several_tables(evaluate, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    results, run = evaluate("block", "a", "prompts=2", FIVE, "samples=2", "k=[1,2]")
+    for width in (70, 80, 120, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        stream = Terminal()
+        table.show(results | {"run": run}, stream)
+        shown = stream.getvalue()
+        assert "…" not in shown and all(name in shown for name in table.headers(results | {"run": run}))
+        assert shown.count("sdar_sequential") == {70: 4, 80: 3, 120: 2, 200: 1}[width]
 
 
 def test_a_table_of_results_without_intervals(evaluate):

@@ -76,6 +76,16 @@ def test_where_the_settings_come_from_must_be_there(tmp_path):
     assert "did you mean quickstart?" in refused(load, ["recipe=quikstart"])
     assert "run=outputs/RECIPE/latest" in refused(checked, "recipe=quickstart", "model.path=")
     assert "run=outputs/RECIPE/latest" in refused(checked, "model.path=tiny:block")
+    assert "run=outputs/RECIPE/latest" in refused(checked, "model.path=convert:smollm2")
+    assert load(["recipe=sft_smollm2_block"]).model.path == "", "made by a run, and no folder to read"
+
+
+def test_a_run_without_a_checkpoint_is_not_its_first_model(tmp_path):
+    cfg = recipe.load(["recipe=quickstart", "model.path=OWNER/NAME"])
+    (tmp_path / "config.yaml").write_text(recipe.to_yaml(cfg), encoding="utf8")
+    (tmp_path / "checkpoints" / "step_000020.partial" / "model").mkdir(parents=True)
+    assert "no complete checkpoint yet" in refused(load, [f"run={tmp_path}"])
+    assert load([f"run={tmp_path}", "model.path=OTHER"]).model.path == "OTHER"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +165,9 @@ def test_hex_is_a_row_of_several_block_lengths():
     (own,) = rows({"preset": "llada_random", "hex": [2, 16]}, spec=FULL, hex_lengths=[4, 8])
     assert own.hex == (2, 16), "an entry with lengths of its own is no other's base"
     assert "HEX needs full attention" in refused(rows, "sdar_static", hex_lengths=[4, 8])
+    for lengths in ([0], [8, 8], [4, -8]):
+        assert "different block lengths" in refused(rows, "llada_random", spec=FULL, hex_lengths=lengths)
+        assert "decoders[0].hex" in refused(rows, {"preset": "llada_random", "hex": lengths}, spec=FULL)
 
 
 def test_a_named_decoder_of_evaluations_in_training_replaces_everything():

@@ -45,6 +45,9 @@ def evaluate(arguments: list[str]) -> int:
 
     folder, console = session.results_folder(cfg), Console()
     check_folder(folder, cfg.resume == "auto")
+    if cfg.dry_run and session.model_is_elsewhere(cfg):
+        console.line(session.describe_unseen(cfg))
+        return 0
     known = session.plan(cfg)
     if cfg.dry_run:
         console.line(session.describe(known))
@@ -67,7 +70,7 @@ def report(known, store, folder: Path, arguments: Sequence[str]) -> None:
     found = results(known, store, ["python", "-m", "rlpipe.eval", *map(shlex.quote, arguments)])
     write_json(folder / "results.json", found)
     write_text(folder / "results.md", table.markdown(found))
-    note = " · HEX: the vote, at the speed of all its responses" if any(row.hex for row in known.rows) else ""
+    note = "HEX: the vote, at the speed of all its responses together" if any(row.hex for row in known.rows) else ""
     write_text(folder / "plot.svg", plot.svg(plot.points(found), table.title(found), note))
     table.show(found)
 

@@ -43,6 +43,7 @@ def contestants(
     """The rows that `decoders=` asks for. base: rollout.decoder, whose max_tokens, temperature, top_p and top_k named decoders
     keep · hex_lengths: of `hex=` · model: its path, for messages. Raises ConfigError for what no decoder has, what contradicts
     the model (with the named decoders that fit), and two rows of one name."""
+    _check_lengths("hex", hex_lengths)
     wanted = [_entry(entry, base, f"decoders[{index}]") for index, entry in enumerate(entries or [OWN])]
     wanted += [(f"{label}, HEX", config, tuple(hex_lengths)) for label, config, own in wanted if hex_lengths and not own]
     rows = [_contestant(label, config, lengths, base, spec, model) for label, config, lengths in wanted]
@@ -75,8 +76,7 @@ def _entry(entry: Any, base: DecoderConfig, name: str) -> tuple[str, DecoderConf
         )
     changes = dict(entry)
     label, lengths = changes.pop("label", ""), changes.pop("hex", [])
-    if not isinstance(lengths, Sequence) or isinstance(lengths, str) or not all(type(n) is int and n > 0 for n in lengths):
-        raise ConfigError(f"{name}.hex={lengths!r}: block lengths of at least 1, for example [8, 16, 32]")
+    _check_lengths(f"{name}.hex", lengths)
     if changes.get("preset") == OWN:
         changes.pop("preset")
     try:
@@ -86,6 +86,13 @@ def _entry(entry: Any, base: DecoderConfig, name: str) -> tuple[str, DecoderConf
     parts = [changes.pop("preset", OWN), *(f"{key}={value}" for key, value in changes.items())]
     parts += [f"HEX {list(lengths)}"] if lengths else []
     return str(label) or " ".join(parts), config, tuple(lengths)
+
+
+def _check_lengths(name: str, lengths: Any) -> None:
+    """ConfigError unless they are different block lengths; one that came twice would have two votes."""
+    whole = isinstance(lengths, Sequence) and not isinstance(lengths, str) and all(type(n) is int and n > 0 for n in lengths)
+    if not whole or len(set(lengths)) < len(lengths):
+        raise ConfigError(f"{name}={lengths!r}: different block lengths of at least 1, for example [8, 16, 32]")
 
 
 def _contestant(

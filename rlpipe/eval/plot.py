@@ -8,18 +8,21 @@ from html import escape
 
 from rlpipe.monitor.curves import number, ticks
 
-WIDTH, HEIGHT = 760, 460
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 44, 58  # margins around the plot, in px
+WIDTH, HEIGHT = 760, 474
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 44, 72  # margins around the plot, in px
 CHARACTER, LINE = 6.9, 14  # of a label, in px
+TITLE_CHARACTER = 9.6  # of the title
 CAP = 4  # half the width of an error bar's end
 STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #14130f; }
 text.soft { fill: #57564f; font-size: 11px; } text.title { font-size: 14px; font-weight: 600; }
+text.name { paint-order: stroke; stroke: #fdfdfc; stroke-width: 3px; stroke-linejoin: round; }
 .page { fill: #fdfdfc; } .rule { stroke: #e1e0d9; } .lead { stroke: #57564f; stroke-width: .7; }
 .bar { stroke: #2a78d6; opacity: .55; } .point { fill: #2a78d6; stroke: #2a78d6; stroke-width: 1.8; }
 .point.open { fill: #fdfdfc; } .front { fill: none; stroke: #d9601a; stroke-width: 1.4; stroke-dasharray: 5 4; }
 @media (prefers-color-scheme: dark) {
-  text { fill: #f2f1ec; } text.soft { fill: #b9b8af; } .page { fill: #1d1d1b; } .rule { stroke: #34342f; }
+  text { fill: #f2f1ec; } text.soft { fill: #b9b8af; } text.name { stroke: #1d1d1b; }
+  .page { fill: #1d1d1b; } .rule { stroke: #34342f; }
   .lead { stroke: #b9b8af; } .bar, .point { stroke: #5a9cec; } .point { fill: #5a9cec; } .front { stroke: #ee8a4b; }
   .point.open { fill: #1d1d1b; }
 }
@@ -68,13 +71,14 @@ def svg(found: Sequence[Point], title: str, note: str = "") -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts = [
         f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>',
-        f'<text class="title" x="{LEFT}" y="22">{escape(title)}</text>',
+        f'<text class="title" x="{LEFT}" y="22">{escape(_fitting(title))}</text>',
         *(_horizontal_rule(vertical.at(t), number(t)) for t in vertical.ticks),
         *(_vertical_rule(horizontal.at(t), number(t)) for t in horizontal.ticks),
-        f'<text x="{middle:.0f}" y="{HEIGHT - 22}" text-anchor="middle">tokens per forward</text>',
+        f'<text x="{middle:.0f}" y="{HEIGHT - 36}" text-anchor="middle">tokens per forward</text>',
         f'<text transform="translate(16 {HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">pass@1</text>',
-        f'<text class="soft" x="{LEFT}" y="{HEIGHT - 6}">filled: exact sampler · open: approximate cache · dashed: no other is '
-        f"better in both{escape(note)}</text>",
+        f'<text class="soft" x="{LEFT}" y="{HEIGHT - 20}">filled: exact sampler · open: approximate cache · dashed: no other '
+        "is better in both</text>",
+        f'<text class="soft" x="{LEFT}" y="{HEIGHT - 6}">{escape(note)}</text>',
     ]
     front = [f"{horizontal.at(p.x[0]):.1f} {vertical.at(p.y[0]):.1f}" for p in frontier(found)]
     parts += [f'<path class="front" d="M{"L".join(front)}"/>'] if len(front) > 1 else []
@@ -85,6 +89,12 @@ def svg(found: Sequence[Point], title: str, note: str = "") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
         f'aria-label="{escape(title)}"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
     )
+
+
+def _fitting(title: str) -> str:
+    """A title that is too long for the page without its middle; its end says how many prompts there were."""
+    room = int((WIDTH - LEFT - RIGHT) / TITLE_CHARACTER)
+    return title if len(title) <= room else f"{title[: room // 2]} … {title[len(title) - room // 2 + 3 :]}"
 
 
 class _Axis:
@@ -160,7 +170,7 @@ def _labels(found: Sequence[Point], horizontal: _Axis, vertical: _Axis) -> list[
         if distance > 16:
             parts.append(f'<path class="lead" d="M{x:.1f} {y:.1f}L{box[0] if right else box[2]:.1f} {box[1] + LINE / 2:.1f}"/>')
         place = f'x="{box[0]:.1f}"' if right else f'x="{box[2]:.1f}" text-anchor="end"'
-        parts.append(f'<text {place} y="{box[3] - 3:.1f}">{escape(point.label)}</text>')
+        parts.append(f'<text class="name" {place} y="{box[3] - 3:.1f}">{escape(point.label)}</text>')
     return parts
 
 

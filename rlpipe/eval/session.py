@@ -32,6 +32,7 @@ log = logging.getLogger("rlpipe")
 HOME = Path("outputs") / "eval"
 ENDLESS = 256  # prompts of a task that has no end
 ALL = 1_000_000  # prompts that no benchmark has
+JUDGED_TOGETHER = 8  # batches of each verifier worker between two writes of verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +103,13 @@ def read_task(cfg: EvaluationConfig, spec: DiffusionSpec) -> Task:
     prompts = source.test_prompts(cfg.prompts or (ENDLESS if source.size is None else ALL))
     if len(prompts) < max(1, cfg.prompts):
         raise DataError(
-            f"prompts={cfg.prompts}: task {cfg.data.task} has {len(prompts)} held-out prompts"
+            f"prompts={cfg.prompts}: task {task_name(cfg)} has {len(prompts)} held-out prompts"
             f"{f'; set prompts={len(prompts)}, or 0 for all' if prompts else ', so there is nothing to evaluate on'}"
         )
     check_answers(_HeldOut(source.verifier, prompts), cfg.verifier, len(prompts))
     judged_by = {"name": cfg.verifier.name, "parts": cfg.verifier.parts, "options": cfg.verifier.options}
     identity = {
-        "task": {"name": cfg.data.task, "identity": source.identity},
+        "task": {"name": task_name(cfg), "identity": source.identity},
         "templates": _templates(source),
         "verifier": {"of the task": list(source.verifiers)} | judged_by,
     }
@@ -159,9 +160,30 @@ def describe(known: Plan) -> str:
     return "\n".join(lines)
 
 
+def model_is_elsewhere(cfg: EvaluationConfig) -> bool:
+    from rlpipe.model_shapes import is_hub_id, local_folder
+
+    return is_hub_id(cfg.model.path) and local_folder(cfg.model.path, cfg.model.revision) is None
+
+
+def describe_unseen(cfg: EvaluationConfig) -> str:
+    """For `dry_run` with a model that would have to be downloaded first: what can be said without it."""
+    from rlpipe.data.description import describe_source
+
+    name = cfg.model.path
+    return (
+        f"model     {name} is not in the local cache; fetched at the start, or with  hf download {name}\n{describe_source(cfg)}"
+    )
+
+
+def task_name(cfg: EvaluationConfig) -> str:
+    """`gsm8k`, or `gsm8k+sudoku` of a mixture."""
+    return "+".join(str(part.get("name") or part.get("task", "")) for part in cfg.data.mixture) or cfg.data.task
+
+
 def home_of(cfg: EvaluationConfig) -> Path:
     """Folder of all evaluations of a task."""
-    return HOME / "".join(c if c.isalnum() or c in "._-+" else "_" for c in cfg.data.task)
+    return HOME / "".join(c if c.isalnum() or c in "._-+" else "_" for c in task_name(cfg))
 
 
 def results_folder(cfg: EvaluationConfig) -> Path:
@@ -207,7 +229,7 @@ def _draw(known: Plan, store: Store, console: Console, rollouts: RolloutPool, ke
     with console.phase(name, len(missing), console.line) as phase:
         started = time.perf_counter()
         for _, group in draw(rollouts, missing, cfg.samples, member.config, name=name, seed=cfg.seed):
-            store.add(key, name, [group])
+            store.add(key, name, [store.lacking(key, group)])
             now = time.perf_counter()
             tokens = sum(sample.tokens for sample in group)
             store.spend(key, cfg.rollout.workers, seconds=now - started, tokens=tokens, responses=len(group))
@@ -216,11 +238,14 @@ def _draw(known: Plan, store: Store, console: Console, rollouts: RolloutPool, ke
 
 
 def _judge(known: Plan, store: Store, verifiers: VerifierPool, key: str, name: str) -> None:
-    samples, count = known.cfg.samples, known.cfg.rollout.workers
+    """Some at a time, so that verdicts that took long are kept when a later one fails or the user has waited enough."""
+    cfg, samples = known.cfg, known.cfg.samples
     todo = _unjudged(store, key, known.task.prompts, samples)
-    started = time.perf_counter()
-    store.add(key, name, judge(verifiers, todo, [store.group(key, prompt.uid, samples) for prompt in todo]))
-    store.spend(key, count, judge_seconds=time.perf_counter() - started)
+    size = max(1, JUDGED_TOGETHER * cfg.verifier.workers * cfg.verifier.batch_size // samples)
+    for start in range(0, len(todo), size):
+        part, started = todo[start : start + size], time.perf_counter()
+        store.add(key, name, judge(verifiers, part, [store.group(key, prompt.uid, samples) for prompt in part]))
+        store.spend(key, cfg.rollout.workers, judge_seconds=time.perf_counter() - started)
 
 
 def _unjudged(store: Store, key: str, prompts: Sequence[Prompt], samples: int) -> list[Prompt]:

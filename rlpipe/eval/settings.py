@@ -10,7 +10,7 @@ from typing import Any
 
 from rlpipe import checkpoint, recipe, schema
 from rlpipe.config import ClusterConfig, DataConfig, ModelConfig, RolloutConfig, RunConfig, VerifierConfig
-from rlpipe.contradictions import check_settings
+from rlpipe.contradictions import CONVERT, check_settings
 from rlpipe.errors import ConfigError
 from rlpipe.evaluation.samples import SEED
 from rlpipe.monitor.latest import NAME as LATEST
@@ -27,6 +27,7 @@ SHORT = {  # names for what is said most often
 }
 SHARED = ("model", "data", "rollout", "verifier", "cluster")  # sections that a run has too
 RESUME = ("never", "auto")
+MADE = ("tiny:", CONVERT)  # models that a run makes before it starts
 
 
 @dataclass
@@ -59,12 +60,18 @@ def load(arguments: Sequence[str]) -> EvaluationConfig:
     said = dict(recipe.split(argument) for argument in arguments)
     if "run" in said and "recipe" in said:
         raise ConfigError("run= and recipe= both say where the settings come from; give one of them")
-    start = EvaluationConfig()
-    if "run" in said:
-        start = _from_recipe(_run_folder(said.pop("run")) / "config.yaml")
+    start, run = EvaluationConfig(), said.pop("run", "")
+    if run:
+        start = _from_recipe(_run_folder(run) / "config.yaml", trained=True)
     elif "recipe" in said:
         start = _from_recipe(said.pop("recipe"))
-    return recipe.load([f"{SHORT.get(key, key)}={value}" for key, value in said.items()], start, EvaluationConfig)
+    cfg = recipe.load([f"{SHORT.get(key, key)}={value}" for key, value in said.items()], start, EvaluationConfig)
+    if run and not cfg.model.path:
+        raise ConfigError(
+            f"run={run} has no complete checkpoint yet, so there is nothing of it to evaluate; wait for the first "
+            "(checkpoint.every), or give model.path= to put another model to its task"
+        )
+    return cfg
 
 
 def _run_folder(name: str) -> Path:
@@ -72,17 +79,21 @@ def _run_folder(name: str) -> Path:
     if folder.name == LATEST:
         folder = latest_run(folder.parent) or folder
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"run={name}: there is no config.yaml, so this is no run's folder; give outputs/RECIPE/RUN")
+        raise ConfigError(
+            f"run={name}: there is no config.yaml, so it is no run's folder; give outputs/RECIPE/RUN, or …/latest"
+        )
     return folder
 
 
-def _from_recipe(name: str | Path) -> EvaluationConfig:
-    """What a recipe says of the sections that an evaluation shares; a run's own recipe also says where its weights are."""
+def _from_recipe(name: str | Path, trained: bool = False) -> EvaluationConfig:
+    """What a recipe says of the sections that an evaluation shares; a run's own recipe also says where its weights are.
+    model.path is empty where no model is there to read: one that runs make themselves, or, with `trained`, that the run has not
+    saved yet: the model that it started from would pass for its result."""
     cfg: RunConfig = recipe.load([f"recipe={name}"])
     saved = checkpoint.complete(Path(name).parent) if Path(name).is_file() else []
     if saved:
         cfg.model.path = str(saved[-1] / "model")
-    elif cfg.model.path.startswith("tiny:"):
+    elif trained or cfg.model.path.startswith(MADE):
         cfg.model.path = ""
     return EvaluationConfig(**{section: getattr(cfg, section) for section in SHARED})
 
@@ -91,7 +102,7 @@ def check(cfg: EvaluationConfig) -> None:
     """ConfigError for the first contradiction; those that need the model or the task come when these are read."""
     run_keys = schema.keys()
     check_settings({key: value for key, value in schema.flat(cfg).items() if key in run_keys})
-    if not cfg.model.path or cfg.model.path.startswith("tiny:"):
+    if not cfg.model.path or cfg.model.path.startswith(MADE):
         raise ConfigError(
             f"model.path={cfg.model.path}: give the model to evaluate: run=outputs/RECIPE/latest for the newest checkpoint of "
             "a run, or model.path=FOLDER"

@@ -57,6 +57,10 @@ class Store:
         drawn = self.found.get(key, {}).get(uid, {})
         return all(number in drawn for number in range(samples))
 
+    def lacking(self, key: str, group: Sequence[Sample]) -> list[Sample]:
+        """Those of a group that are not there yet: a response that is, and perhaps is judged, stays when it is drawn again."""
+        return [sample for sample in group if sample.sample not in self.found.get(key, {}).get(sample.uid, {})]
+
     def group(self, key: str, uid: str, samples: int) -> list[Sample]:
         return [self.found[key][uid][number] for number in range(samples)]
 

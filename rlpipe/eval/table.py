@@ -6,6 +6,7 @@ import sys
 from typing import Any, TextIO
 
 WIDTH = 200  # of a console that is none
+FRAME = 3  # characters around the text of a column
 
 
 def headers(results: dict[str, Any]) -> list[str]:
@@ -60,8 +61,9 @@ def difference(estimate: dict[str, float | None] | None) -> str:
 def caption(results: dict[str, Any]) -> str:
     identity = results["identity"]
     workers = sorted({count for time in results["run"]["decoders"].values() for count in time["workers"]})
+    model = results["run"]["settings"]["model.path"]
     return (
-        f"{title(results)}, verifier {_verifier(identity['verifier'])}, seed {identity['seed']}, weights "
+        f"{title(results)}, verifier {_verifier(identity['verifier'])}, seed {identity['seed']}; {model}, weights "
         f"{identity['weights']['blake2b'][:12]}; times with {' or '.join(map(str, workers))} rollout worker(s)"
     )
 
@@ -72,7 +74,9 @@ def _verifier(identity: dict[str, Any]) -> str:
 
 
 def title(results: dict[str, Any]) -> str:
-    return f"{results['identity']['task']['name']}: {results['prompts']['count']} prompts × {results['samples']} samples"
+    prompts, samples = results["prompts"]["count"], results["samples"]
+    counts = f"{prompts} prompt{'s' * (prompts > 1)} × {samples} sample{'s' * (samples > 1)}"
+    return f"{results['identity']['task']['name']}: {counts}"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -90,7 +94,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def show(results: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Print it, in colour on a terminal."""
+    """Print it, in colour on a terminal; where that is too narrow, as several tables under each other."""
     from rich.console import Console
     from rich.table import Table
 
@@ -98,12 +102,34 @@ def show(results: dict[str, Any], stream: TextIO | None = None) -> None:
 
     stream = sys.stdout if stream is None else stream
     console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else WIDTH)
-    table = Table(title=printable(caption(results)), title_justify="left", title_style="")
-    for index, name in enumerate(headers(results)):
-        table.add_column(name, justify="left" if index == 0 else "right", style="bold" if index == 1 else None)
-    for line in cells(results):
-        table.add_row(*(printable(text) for text in line))
-    console.print(table)
+    lines = [[printable(text) for text in line] for line in (headers(results), *cells(results))]
+    console.print(printable(caption(results)))
+    for columns in _side_by_side([max(map(len, column)) for column in zip(*lines, strict=True)], console.width):
+        table = Table()
+        for index in columns:
+            table.add_column(
+                lines[0][index],
+                justify="right" if index else "left",
+                style="bold" if index == 1 else None,
+                overflow="fold",
+                no_wrap=index > 0,
+            )
+        for line in lines[1:]:
+            table.add_row(*(line[index] for index in columns))
+        console.print(table)
+
+
+def _side_by_side(widths: list[int], room: int) -> list[list[int]]:
+    """Columns of the tables that fit into `room` characters, each with the first column; widths: of the columns' texts."""
+    tables: list[list[int]] = [[0]]
+    used = 1 + widths[0] + FRAME
+    for index, width in enumerate(widths[1:], 1):
+        if used + width + FRAME > room and len(tables[-1]) > 1:
+            tables.append([0])
+            used = 1 + widths[0] + FRAME
+        tables[-1].append(index)
+        used += width + FRAME
+    return tables
 
 
 def _ks(results: dict[str, Any]) -> list[str]:

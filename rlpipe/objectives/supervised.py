@@ -33,7 +33,8 @@ class MaskedBlocks:
     1 … all, each token weighing all / n · complement: a second row masks the rest of the block, so that each of its tokens is
     scored once.
 
-    The weights of a response add up to its tokens that count, so their weighted mean is a loss per token. With share 0 its
+    The weights of a response add up to its tokens that count (on average, where fewer rows than blocks are drawn and blocks
+    differ in size), so their weighted mean is a loss per token. With share 0 its
     expectation is the bound on the negative log-likelihood that masked diffusion is trained with: uniform n with weight all / n
     is the integral over t of masking by chance t with weight 1/t (LLaDA, arXiv 2502.09992) without the variance of the count;
     block by block it is BD3-LM's (arXiv 2503.09573). The semi-autoregressive SFT of TraceRL's code masks tokens by chance in
