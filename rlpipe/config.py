@@ -30,8 +30,8 @@ class WarmStartConfig:
     """Supervised steps on demonstrations before RL; the result is cached by content."""
 
     steps: int = 0  # 0: none
-    batch_size: int = 64
-    lr: float = 3e-3
+    batch_size: int = 64  # demonstrations of a step
+    lr: float = 3e-3  # at its height; it falls to a tenth
 
 
 @dataclass
@@ -74,7 +74,7 @@ class DecoderConfig:
     tokens_per_step: int = 1  # of schedule tokens
     steps: int = 0  # of a block, for the other schedules; 0: their default
     select: str = "static"  # which positions commit: see rlpipe.sampling.selection
-    threshold: float = 0.9
+    threshold: float = 0.9  # of the confidence, for selectors that have one
     score: str = "max_prob"  # state-only: max_prob | entropy | margin | random | left_to_right; sampled_prob: as published
     confidence: str = "model"  # the distribution that scores are taken from: model (temperature 1) | sampler
     order_temperature: float = 0.0  # above 0: positions are drawn by score (Dream's alg_temp)
@@ -85,15 +85,15 @@ class DecoderConfig:
     stop: str = "auto"  # auto | block | prefix | eotp | length: what EOS ends
     options: dict[str, Any] = field(default_factory=dict)  # numbers of any of these pieces, e.g. {gamma: 0.35}
     temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
+    top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
 
 
 @dataclass
 class RolloutConfig:
-    workers: int = 2
+    workers: int = 2  # processes that sample
     cpus: float = 0.5  # Ray CPUs per worker: bookkeeping, not a limit
-    gpus: float = 0.0
+    gpus: float = 0.0  # Ray GPUs per worker
     threads: int = 1  # torch threads per worker
     batch_size: int = 64  # responses of one unit of work, fixed by the driver
     slots: int = 0  # responses of a unit denoised at a time; finished ones make room for the next. 0: all that fit
@@ -108,8 +108,8 @@ class VerifierConfig:
     parts: dict[str, float] = field(default_factory=dict)  # verifier: weight in the reward; the first says what is correct
     options: dict[str, Any] = field(default_factory=dict)  # of verifiers, e.g. {extract: boxed} or {format: {pattern: boxed}}
     sandbox: str = "auto"  # of programs: auto | strict (refuse a weak one) | weak; see rlpipe.sandbox
-    workers: int = 2
-    cpus: float = 0.1
+    workers: int = 2  # processes that judge
+    cpus: float = 0.1  # Ray CPUs per worker
     batch_size: int = 64  # responses per call
     timeout_s: float = 30.0  # of one call
     retries: int = 2  # elsewhere, before the group fails
@@ -120,17 +120,17 @@ class VerifierConfig:
 class AlgoConfig:
     preset: str = "tracerl"  # a method with its published numbers, or your own as file.py:NAME; keys beside it win
     options: dict[str, Any] = field(default_factory=dict)  # numbers of its row planner, e.g. {count: 24} for agrpo
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
+    prompts_per_step: int = 16  # groups of a step
+    samples_per_prompt: int = 8  # responses of a group
     shrink: int = 1  # merge every s denoising steps into one row
     advantage: str = "zscore"  # zscore | mean | leave_one_out | softmax
     ratio: str = "token"  # what is clipped as one: token | position (over its rows) | step | sequence
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = 0.2  # ratios below 1 - clip_low are clipped …
+    clip_high: float = 0.2  # … and above 1 + clip_high
     clip_dual: float = 0.0  # above 1: with a negative advantage A the loss is at most this times |A|; 0: off
     clip_dynamic: bool = False  # bounds that widen for what was unlikely (DCPO) instead of 1 - clip_low and 1 + clip_high
     importance_cap: float = 2.0  # truncates importance weights of tokens that an approximate or changed sampler drew
-    kl_coef: float = 0.0
+    kl_coef: float = 0.0  # weight of the KL penalty; 0: none
     kl_estimator: str = "k3"  # k1 | k2 | k3, of each unit of the ratio
     kl_reference: str = "old"  # old: the policy that opened the step | initial | lagged: a copy that follows the policy
     kl_lag: int = 64  # steps between two moves of the lagged reference
@@ -141,12 +141,12 @@ class AlgoConfig:
     normalizer: str = "token_mean"  # per unit of the ratio: see rlpipe.objectives.reducers
     kl_normalizer: str = ""  # empty: as normalizer; row_sum is the published full-attention TraceRL
     updates_per_step: int = 2  # optimizer updates a step and epoch
-    epochs: int = 1
+    epochs: int = 1  # passes over a step's responses
     redraw: bool = False  # every epoch draws its rows anew, for methods that mask at random; else they stay
     groups: str = "refill"  # keep all | drop those without signal | refill: replace them by fresh prompts
     accuracy_low: float = 0.0  # a group has signal if its mean reward lies strictly inside (low, high) …
     accuracy_high: float = 1.0  # … or, for rewards that are not 0/1, if they differ
-    refill_rounds: int = 2
+    refill_rounds: int = 2  # of groups: refill
     overlong: str = "score"  # responses that end without EOS: score as any | zero | drop from the loss | soft penalty
     overlong_buffer: int = 0  # of soft: the last tokens of the budget, over which the reward falls by 1; 0: a quarter of it
 
@@ -154,21 +154,21 @@ class AlgoConfig:
 @dataclass
 class LearnerConfig:
     workers: int = 1  # data-parallel ranks
-    cpus: float = 0.5
-    gpus: float = 0.0
-    threads: int = 2
-    lr: float = 1e-6
+    cpus: float = 0.5  # Ray CPUs per rank
+    gpus: float = 0.0  # Ray GPUs per rank
+    threads: int = 2  # torch threads per rank
+    lr: float = 1e-6  # AdamW's
     lr_schedule: str = "constant"  # constant | linear | cosine over `steps`
     lr_warmup: int = 0  # optimizer updates
     lr_floor: float = 0.0  # share of lr at which linear and cosine end
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    zero_stage: int = 1
+    grad_clip: float = 1.0  # largest norm of the gradient
+    zero_stage: int = 1  # 0 to 3: what DeepSpeed shards over the ranks
     offload: bool = False  # optimizer (and at stage 3 parameters) to CPU memory
     token_budget: int = 8192  # tokens of a micro-batch: a group's prompt once, clean copies once, noisy rows
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # less memory for a third more time
     lora_rank: int = 0  # 0: all weights are trained
     lora_alpha: float = 0.0  # adapters count alpha / rank; 0: as rank
     lora_dropout: float = 0.0
@@ -183,12 +183,12 @@ class LearnerConfig:
 class ValueConfig:
     enabled: bool = False  # a value model of its own, with as many ranks as the learner
     path: str = ""  # a folder, a run's checkpoints/…/value_model for one; empty: starts as the policy
-    lr: float = 5e-6
+    lr: float = 5e-6  # of the value model
     clip: float = 0.2  # of a value's change since the step began, in units of the group-relative reward
     step_rewards: bool = False  # every step's full prediction is verified, and pays what it changed (full attention)
     gate: float = 0.0  # below this explained variance the policy is trained on group advantages while the value model learns
-    gamma: float = 1.0
-    lam: float = 1.0
+    gamma: float = 1.0  # discount of a denoising step
+    lam: float = 1.0  # GAE's lambda
 
 
 @dataclass
@@ -200,7 +200,7 @@ class ParityConfig:
 @dataclass
 class EvalConfig:
     every: int = 20  # steps; 0: only at the start and the end
-    prompts: int = 256
+    prompts: int = 256  # held-out ones
     samples: int = 1  # to a prompt; with more than one the majority's answer is scored too
     hex: list[int] = field(default_factory=list)  # block lengths to sample under and vote over (full attention); empty: off
     decoder: dict[str, Any] = field(default_factory=lambda: {"select": "threshold"})  # besides the rollout's own: changes to it
@@ -210,13 +210,13 @@ class EvalConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 20  # steps; 0: only at the end
-    keep: int = 2
+    keep: int = 2  # the newest ones; older are removed
 
 
 @dataclass
 class MonitorConfig:
     wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
-    project: str = "rlpipe"
+    project: str = "rlpipe"  # of W&B
     samples: int = 8  # responses shown and kept a step
 
 
@@ -232,12 +232,12 @@ class RunConfig:
     """One run. `python -m rlpipe.run recipe=NAME key=value …`."""
 
     name: str = ""  # of the recipe, filled in when it is loaded
-    seed: int = 0
-    steps: int = 80
-    output_dir: str = "outputs"
+    seed: int = 0  # of data, weights made here and noise; the same seed gives the same run
+    steps: int = 80  # of rollout and update
+    output_dir: str = "outputs"  # runs, caches and evaluations go below it
     run_id: str = ""  # empty: the time of the start
     resume: str = "never"  # never | auto: the latest run of this recipe, a new one if there is none | path of a run
-    dry_run: bool = False
+    dry_run: bool = False  # print the plan and start nothing
     description: str = ""  # what the recipe is and what it was fed; printed at the start
     model: ModelConfig = field(default_factory=ModelConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
