@@ -92,6 +92,8 @@ def test_functions_of_a_plain_answer(code):
         (ADD | {"asserts": []}, "asserts"),
         (ADD | {"asserts": [1]}, "asserts"), (ADD | {"asserts": ["assert ("]}, "asserts.0. is not"),
         (ADD | {"setup": "import"}, "setup is not Python"), (TWICE | {"outputs": ["1"]}, "2 inputs and 1 outputs"),
+        (TWICE | {"tolerance": "1e-6"}, "tolerance"), (TWICE | {"tolerance": float("nan")}, "tolerance"),
+        (AREA | {"prefix": 5}, "prefix: a text"), (ADD | {"setup": []}, "setup: a text"),
         (TWICE | {"time_limit_s": 0}, "time_limit_s"), (AREA | {"prefix": "def (x"}, "prefix is not Python"),
     ],
 )  # fmt: skip
@@ -127,6 +129,11 @@ def test_programs_keep_a_completion_s_indentation():
     assert programs("x") == ["x"]
     text = "a ``` b"
     assert programs(text) == [text]
+
+
+def test_programs_are_found_in_time_that_grows_with_the_response():
+    for text in ("```" + "a" * 300_000, "```" + "a" * 100_000 + " " * 200_000, "```\n" * 60_000, " " * 300_000):
+        assert programs(text, "def f():\n")
 
 
 def test_human_eval_in_full():

@@ -161,7 +161,7 @@ def test_endless_and_bottomless_values_are_refused():
     [
         {}, {"a": 1, "b": 2}, {"eval": ["1"]}, {"dict": [[[], 1]]}, {"dict": [[1]]}, {"set": [[1]]}, {"int": "zz"}, {"int": 5},
         {"Fraction": [1, 0]}, {"Fraction": ["1"]}, {"range": [0, 1, 0]}, {"ref": 0}, {"ref": "x"}, {"complex": ["x"]},
-        {"tuple": "abc"}, {"float": "1"}, {"float": []}, {"bytes": "x"}, {"Decimal": "x"}, {"__class__": []},
+        {"iterator": 5}, {"tuple": "abc"}, {"float": "1"}, {"float": []}, {"bytes": "x"}, {"Decimal": "x"}, {"__class__": []},
     ],
 )  # fmt: skip
 def test_what_is_no_value_is_refused(data):
@@ -172,6 +172,11 @@ def test_what_is_no_value_is_refused(data):
         nested = [nested]
     with pytest.raises(Unsendable):
         decode(nested)
+
+
+def test_an_iterator_that_could_not_be_sent_back_is_refused():
+    with pytest.raises(Unsendable, match="too many items"):
+        decode({"iterator": [0] * 1_000_001})
 
 
 def test_changes_in_place_keep_identities():
@@ -365,6 +370,49 @@ def test_an_answer_cannot_make_the_tests_look_wrong(sandbox):
     assert not sandbox.functions([starved], "f", asserts("assert f(1) == 1"), time_limit_s=0.5).passed
 
 
+RAW = """
+import json, os, time
+def send(text):
+    for number in range(3, 64):
+        try: os.write(number, len(text).to_bytes(4, "little") + text.encode())
+        except OSError: pass
+MANY = '{"iterator": [' + "0," * 1_000_001 + "0]}"
+"""
+
+
+@pytest.mark.parametrize(
+    "source, line",
+    [
+        ('send(\'{"loaded": false, "raised": [[[[]]]], "text": [1]}\')', "assert f(1) == 1"),
+        ("send('[1]')", "assert f(1) == 1"),
+        ("send('{\"loaded\": true}')\nsend('{\"value\": ' + MANY + '}')\ntime.sleep(9)", "assert f(f(1)) == 1"),
+        (
+            "send('{\"loaded\": true}')\nsend('{\"value\": 0, \"args\": [[' + MANY + ']]}')\ntime.sleep(9)",
+            "x = [1]\nf(x)\nassert f(x)",
+        ),
+    ],
+)
+def test_an_answer_that_speaks_for_itself_cannot_make_the_tests_look_wrong(sandbox, source, line):
+    verdict = sandbox.functions([RAW + source + "\ndef f(x): return x"], "f", asserts(line))
+    assert not verdict.passed and verdict.cause == "ended", verdict
+
+
+@pytest.mark.parametrize(
+    "source, line, passed",
+    [
+        ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [1, 2]))", False),
+        ("def f(x): return 10**6000", "assert f(2) == 4, f(2)", False),
+        ("def f(x: Lst[int]): return x", "assert f(1) == 1", False),  # the annotation is evaluated, as Python does
+        ("def f(x): return len(x)", "assert f(list(range(3_000_000))) == 3_000_000", True),  # larger than a reply may be
+    ],
+)
+def test_what_crosses_ends_no_loop_and_no_process(sandbox, source, line, passed):
+    before = sandbox.cells.restarts
+    verdict = sandbox.functions([source], "f", asserts(line), time_limit_s=5.0)
+    assert verdict.passed == passed and verdict.detail != "it ends the process that runs the tests", verdict
+    assert sandbox.cells.restarts == before
+
+
 def test_an_answer_that_kills_its_tests_fails_alone(sandbox):
     tests = asserts("import os\nif f(1): os._exit(0)\nassert False")
     verdict = sandbox.functions(["def f(x): return x"], "f", tests)
@@ -398,6 +446,10 @@ thread.join()
         ("print(1)\nexit()", "", "1"),
         ("print('x' * 300_000)", "", "x" * 300_000),
         ("import atexit\natexit.register(print, 'end')", "", "end"),
+        ("import sys\nprint(1)\nsys.exit(False)", "", "1"),
+        ("import sys\nprint(1)\nsys.stdout.close()", "", "1"),
+        ("import io, sys\nout, sys.stdout = sys.stdout, io.StringIO()\nprint()\nout.write('1')", "", "1"),
+        ("import sys\nsys.__stdout__.write('1')\nclass O: flush = print\nsys.stdout = O\nO.flush = lambda: None", "", "1"),
     ],
 )  # fmt: skip
 def test_programs_run_as_python_runs_them(sandbox, source, given, wanted):

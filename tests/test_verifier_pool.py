@@ -1,5 +1,6 @@
 """The verifier pool on a real Ray: crashes, hangs and exceptions fail their own group and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from rlpipe.config import VerifierConfig
 from rlpipe.errors import VerifierFailed
 from rlpipe.trajectory import Prompt
 from rlpipe.verifiers.pool import VerifierPool, _batches, _different
+from rlpipe.verifiers.scorer import Scorer
 
 FAULTY = f"{Path(__file__).parent / 'faulty_verifiers.py'}:misbehave"
 
@@ -102,5 +104,12 @@ def test_verifiers_that_limit_themselves_are_given_the_time_for_it(pool):
     math = Prompt(uid="math", task="t", text="", verifier="math", answer={"answer": "1"})
     plain = Prompt(uid="plain", task="t", text="")
     assert pool._deadline([[[(plain, "a")] * 9]]) == 4.0, "of the configuration: the verifier sets itself no limit"
-    assert pool._deadline([[[(math, "a")] * 2], [[(plain, "a")]]]) == 8.0
-    assert pool._deadline([[[(code, "a")], [(code, "a"), (plain, "a")]]]) == 2 * 3 * (2 * 2.0 + 2)
+    assert pool._deadline([[[(math, "a")] * 2], [[(plain, "a")]]]) == 2 * 4 * 2.0
+    assert pool._deadline([[[(code, "a")], [(code, "a"), (plain, "a")]]]) == 2 * 5 * (2 * 2.0 + 2), "each input to its end"
+    broken = Prompt(uid="broken", task="t", text="", verifier="no such", answer={"tests": {"time_limit_s": "x"}})
+    assert pool._deadline([[[(broken, "a")], [(replace(broken, verifier="code"), "a")]]]) == 3 * 12.0, "judging it says why"
+
+
+def test_a_limit_set_by_an_option_counts():
+    math = Prompt(uid="math", task="t", text="", answer={"answer": "1"})
+    assert Scorer(VerifierConfig(name="math", options={"seconds": 30.0}), "").longest(math) == 4 * 30.0

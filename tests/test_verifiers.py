@@ -1,5 +1,6 @@
 """Scoring functions: right, wrong, hostile."""
 
+import inspect
 import random
 import threading
 import warnings
@@ -12,6 +13,8 @@ import pytest
 from rlpipe.data.sudoku import grids, solved
 from rlpipe.errors import ConfigError, VerifierFailed
 from rlpipe.trajectory import Prompt
+from rlpipe.verifiers.harmless import is_formula, is_literal
+from rlpipe.verifiers.reasoning_gym import EVALUATED, EVALUATES
 from rlpipe.verifiers.registry import BUILT_IN, load_verifier, score
 
 
@@ -148,6 +151,63 @@ def test_reasoning_gym_takes_entries_as_objects_and_as_literals():
     entry = {"question": "q", "answer": "7", "metadata": {"pair": (1, 2)}}
     for form in (entry, repr(entry)):
         assert verdict("reasoning_gym", {"dataset": "chain_sum", "options": {"max_terms": 6}, "entry": form}, "7") == 1.0
+
+
+def gym(name, response):
+    """The verdict on a response to the library's first question of a kind, and the entry."""
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset(name, size=1, seed=0)[0]
+    response = response(entry) if callable(response) else response
+    return verdict("reasoning_gym", {"dataset": name, "entry": repr({key: entry[key] for key in entry})}, response)
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATED))
+def test_nothing_in_an_answer_is_run(name, tmp_path):
+    for call in (f"__import__('os').mkdir({str(tmp_path / 'x')!r})", f"[open({str(tmp_path / 'x')!r}, 'w')]"):
+        assert gym(name, call) < 0.1
+    assert list(tmp_path.iterdir()) == []
+    assert gym(name, lambda entry: entry["answer"]) == 1.0
+    assert gym(name, "9**9**9**9") < 0.1 and gym(name, "1e999999") < 0.1
+
+
+def test_names_of_a_scorer_s_own_are_not_looked_up():
+    assert gym("string_insertion", "oracle_answer") == 0.0
+    assert gym("string_insertion", lambda entry: repr(list(entry["answer"]))) == 0.1
+    assert gym("simple_integration", lambda entry: "Integral({integrand}, {variable}) + C".format(**entry["metadata"])) == 0.0
+
+
+def test_scorers_that_run_answers_are_known():
+    from reasoning_gym.factory import DATASETS
+
+    found = {name for name, (kind, _) in DATASETS.items() if EVALUATES.search(inspect.getsource(kind.score_answer))}
+    assert found == set(EVALUATED)
+
+
+def test_an_answer_that_a_scorer_cannot_read_is_wrong():
+    assert gym("prime_factorization", "I do not know") == 0.0 and gym("game_of_life", "{}") == 0.0
+    entry = {"question": "q", "answer": "x", "metadata": {}}
+    with pytest.raises(ValueError, match="'x'"):
+        verdict("reasoning_gym", {"dataset": "prime_factorization", "entry": entry}, "y")
+
+
+@pytest.mark.parametrize("text, harmless", [("x**2/2 + C", 1), ("-3*sin(4*x - 6)**4/4 + C", 1), ("9**99", 0), ("f(x)", 0)])
+def test_formulas(text, harmless):
+    assert is_formula(text) == harmless
+
+
+@pytest.mark.parametrize(
+    "text", ["x.y", "x[0]", "'a'", "_x", "[1]", "lambda: 1", "5!", "x if x else y", "(" * 999, "1e9", "9" * 999, ""]
+)
+def test_what_is_no_formula(text):
+    assert not is_formula(text)
+
+
+@pytest.mark.parametrize(
+    "text, harmless", [("[1, [2]]", 1), ("1 2", 1), ("x", 0), ("f()", 0), ("[0] * 9**9", 0), ("'%9d' % 1", 0)]
+)
+def test_literals(text, harmless):
+    assert is_literal(text) == harmless
 
 
 def test_a_verifier_of_ones_own():

@@ -176,6 +176,24 @@ def test_a_judge_whose_answer_does_not_come_is_ended(judge):
     assert process.poll() is not None
 
 
+def test_an_answer_that_the_library_fails_at_is_wrong_and_a_reference_is_a_failure(judge, monkeypatch, tmp_path):
+    faulty = """
+def parse(text, **options):
+    if "boom" in text:
+        raise RuntimeError("a bug")
+    return [text]
+
+
+def verify(gold, found, **options):
+    return True
+"""
+    (tmp_path / "math_verify.py").write_text(faulty, encoding="utf8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert judge.compare("$1$", "$boom$", 5.0) == "overtime" and judge.compare("$1$", "$1$", 5.0) == "right"
+    with pytest.raises(VerifierFailed, match="RuntimeError: a bug"):
+        judge.compare("$boom$", "$1$", 5.0)
+
+
 def test_a_library_that_reads_no_latex_is_not_taken_for_wrong_answers(judge, monkeypatch, tmp_path):
     broken = "def parse(*args, **options):\n    return []\n\n\ndef verify(*args, **options):\n    return False\n"
     (tmp_path / "math_verify.py").write_text(broken, encoding="utf8")

@@ -21,8 +21,8 @@ def choose(sources: Sequence[str], entry_point: str) -> types.CodeType | None:
     for source in sources:
         try:
             tree = ast.parse(source, "<answer>")
-            code = compile(tree, "<answer>", "exec")
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+            code = compile(tree, "<answer>", "exec", dont_inherit=True)  # this file's __future__ is not the program's
+        except Exception:  # nothing of the program has run: whatever the compiler says, this source is none
             continue
         if not entry_point or entry_point in _defined(tree):
             return code
@@ -43,7 +43,7 @@ def _defined(tree: ast.Module) -> set[str]:
 
 
 def serve(code: types.CodeType, link: socket.socket, limit_mb: float) -> None:
-    """Run the program, say whether it loaded, then answer requests until the other side is gone.
+    """Run the program, say whether it loaded, then answer requests, of at most limit_mb, until the other side is gone.
 
     A request is {"call": target, "args": …, "kwargs": …} or {"get": target, "name": …}, a target {"name": …} or {"ref": …}; a
     reply {"value": …, "args": … if they were changed in place} or {"raised": names of its classes, "text": …}.

@@ -45,9 +45,14 @@ class Link:
     passed: int = 0
 
     def load(self) -> None:
-        first = self._receive()
-        if not first.get("loaded"):
-            self._lose(f"it failed when it was loaded: {_first_text(first.get('raised'))} {first.get('text')}")
+        """Raises Gone, and nothing else: no test has run yet, so anything else would look like the tests' own fault."""
+        try:
+            first = self._receive()
+            loaded, told = first.get("loaded"), f"{_first_text(first.get('raised'))} {_text(first.get('text'))}"
+        except Exception:
+            self._lose("its first words cannot be read")
+        if not loaded:
+            self._lose(f"it failed when it was loaded: {told}")
 
     def request(self, message: dict[str, Any], args: tuple = ()) -> Any:
         if self.gone:
@@ -135,7 +140,7 @@ def judge(job: dict[str, Any], channel: socket.socket, limit_mb: float) -> dict[
         verdict, reason = "failed", str(error)
     except Exception as error:
         verdict = "failed" if link.calls else "broken"
-        reason = f"{type(error).__name__}: {error}"
+        reason = _said(error)
     else:  # a test that swallowed everything does not hide that the answer was gone, or never asked
         verdict = "failed" if link.gone else "passed" if link.calls else "broken"
         reason = link.gone or ("" if link.calls else "the tests never called the answer")
@@ -219,7 +224,7 @@ def free_names(source: str) -> list[str]:
 
 def _compiled(what: str, source: str) -> types.CodeType:
     try:
-        return compile(source, f"<{what}>", "exec")
+        return compile(source, f"<{what}>", "exec", dont_inherit=True)  # this file's __future__ is not that of the tests
     except (SyntaxError, ValueError) as error:
         raise BrokenTest(f"{what}: {error}") from None
 
@@ -229,22 +234,39 @@ def _execute(what: str, source: str, names: dict[str, Any]) -> dict[str, Any]:
     try:
         exec(code, names)
     except Exception as error:
-        raise BrokenTest(f"{what} cannot be run: {type(error).__name__}: {error}") from None
+        raise BrokenTest(f"{what} cannot be run: {_said(error)}") from None
     return names
 
 
 def _exception(names: Any, text: Any) -> Exception:
-    """The nearest built-in exception of those names; SystemExit and its kin are no exceptions to be expected of an answer."""
-    message = text if isinstance(text, str) else ""
+    """The nearest built-in exception of those names; SystemExit and its kin are no exceptions to be expected of an answer.
+
+    StopIteration becomes a RuntimeError, as it does in a generator: it would end the loop of a test, `all(map(f, cases))`.
+    """
+    message = _text(text)
     for name in names if isinstance(names, list) else []:
         kind = getattr(builtins, name, None) if isinstance(name, str) else None
         if isinstance(kind, type) and issubclass(kind, Exception):
             try:
+                if issubclass(kind, (StopIteration, StopAsyncIteration)):
+                    return RuntimeError(f"the answer raised {name}")
                 return AnswerError(message) if kind is Exception else kind(message)
             except TypeError:
                 continue  # UnicodeDecodeError and its like want more
     return AnswerError(message)
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _first_text(names: Any) -> str:
-    return str(names[0])[:100] if isinstance(names, list) and names else ""
+    return _text(names[0])[:100] if isinstance(names, list) and names else ""
+
+
+def _said(error: Exception) -> str:
+    """An exception's kind and text; `assert f(2) == 4, f(2)` makes texts of values that have none, such as a huge number."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

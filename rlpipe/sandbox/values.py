@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 MAX_DEPTH = 100
-MAX_ITEMS = 1_000_000  # taken from an iterator, which may have no end
+MAX_ITEMS = 1_000_000  # of an iterator, which may have no end
 
 
 class Unsendable(Exception):
@@ -112,6 +112,8 @@ def decode(data: Any, fetch: Callable[[Any], Any] = _no_reference, depth: int = 
             return fetch(content)
         if name in SCALARS:
             return SCALARS[name](content)
+        if name == "iterator" and len(content) > MAX_ITEMS:  # it could not be sent back
+            raise Unsendable("an iterator of too many items")
         return MAKERS[name](decode(_exactly(content, list), fetch, depth + 1))
     except Unsendable:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import atexit
 import dataclasses
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from rlpipe.sandbox.sandbox import Sandbox
 from rlpipe.sandbox.tester import complete
 from rlpipe.trajectory import Prompt
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)(?![\w+-])[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 PYTHON = ("python", "py", "python3", "")
 KEEPS_BLOCK = re.compile(r"[ \t\r\n)\]}#@]|def |class |import |from |async def ")  # first characters of lines of a completion
+JUDGED_AGAIN = 3  # times an answer that ends its tests' process is run, a harmless one in its place included
 MAX_TIMEOUTS = 3  # of one response, when all its tests are run; the rest then count as failed
 FIELDS = {
     "check": {"entry_point": str, "check": str},
@@ -63,12 +65,13 @@ class Code:
         check_tests(prompt.answer.get("tests"))
 
     def longest(self, prompt: Prompt) -> float:
-        """Seconds: every program that is run for a response, should none of them end by itself."""
+        """Seconds: every program that is run for a response, should each of them end just before its time is up."""
         tests = prompt.answer.get("tests")
         if not isinstance(tests, dict):
             return 0.0  # judging it says what is wrong
-        runs = min(len(tests.get("inputs", "1")), MAX_TIMEOUTS)
-        return runs * limits_from(self.limits).for_record(tests.get("time_limit_s")).deadline_s
+        runs = len(tests["inputs"]) if isinstance(tests.get("inputs"), list) else JUDGED_AGAIN
+        limit = tests.get("time_limit_s")
+        return runs * limits_from(self.limits).for_record(limit if isinstance(limit, (int, float)) else None).deadline_s
 
     def __call__(self, prompt: Prompt, response: str) -> dict[str, float]:
         """reward 1 if the response's program passes all tests of prompt.answer["tests"], else 0; with it `compiled` (0:
@@ -154,6 +157,12 @@ def check_tests(tests: Any) -> dict[str, Any]:
     limit = tests.get("time_limit_s")
     if limit is not None and (not isinstance(limit, (int, float)) or not 0 < limit <= 3600):
         raise DataError(f"answer.tests.time_limit_s={limit!r}: seconds, above 0 and at most an hour")
+    tolerance = tests.get("tolerance")
+    if tolerance is not None and (type(tolerance) not in (int, float) or not 0 <= tolerance < math.inf):
+        raise DataError(f"answer.tests.tolerance={tolerance!r}: a number, 0 or more")
+    for name in ("prefix", "setup"):
+        if not isinstance(tests.get(name), (str, type(None))):
+            raise DataError(f"answer.tests.{name}: a text, not {tests[name]!r:.80}")
     tests = {"prefix": "", "setup": ""} | {name: value for name, value in tests.items() if value is not None}
     sources: list[tuple[str, str]] = [("check", tests.get("check", "")), ("setup", tests["setup"])]
     sources += [(f"asserts[{i}]", source) for i, source in enumerate(tests.get("asserts", ()))]

@@ -54,12 +54,12 @@ class Judge:
 
     def compare(self, reference: str, answer: str, seconds: float) -> str:
         """right | wrong | unreadable (the reference) | overtime: the answer took more than `seconds` of processor time, or more
-        memory than a comparison gets, and the reference alone does not. Raises UnreadableReference if the reference is what
-        breaks the limits, VerifierFailed if the process cannot be had or gives no reply."""
+        memory than a comparison gets, or made the library fail, and the reference alone does not. Raises UnreadableReference if
+        the reference is what breaks the limits, VerifierFailed if the process cannot be had or gives no reply."""
         with self.lock:
             reply = self._ask(reference, answer, seconds)
-            if "ended" not in reply:
-                return self._verdict(reply, reference)
+            if "verdict" in reply:
+                return reply["verdict"]
             alone = self._ask(reference, "$1$", seconds)
             if "ended" in alone:
                 raise UnreadableReference(
@@ -68,7 +68,7 @@ class Judge:
                 )
             if self._verdict(alone, reference) == "unreadable":
                 return "unreadable"
-        log.info("math: an answer of %d characters was given up (%s)", len(answer), reply["ended"])
+        log.info("math: an answer of %d characters was given up (%s)", len(answer), reply.get("ended") or reply.get("error"))
         return "overtime"
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ def hook(verifier: Verifier, name: str) -> Callable[..., Any] | None:
     """What a built-in verifier, or the module it is in, offers besides, or None.
 
     `prepare()` starts what takes long, `release()` ends it, `check(prompt)` raises DataError for an answer that it cannot read,
-    `longest(prompt)` is how many seconds a verdict can take before the verifier itself ends it.
+    `longest(prompt, **options)` is how many seconds a verdict can take before the verifier itself ends it.
     """
     function = verifier.func if isinstance(verifier, partial) else verifier
     module = getattr(function, "__module__", "")

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from rlpipe.config import VerifierConfig
-from rlpipe.errors import ConfigError
+from rlpipe.errors import ConfigError, RlpipeError
 from rlpipe.trajectory import Prompt
 from rlpipe.verifiers.registry import BUILT_IN, Verifier, correctness, hook, load_verifier, options_of, score
 
@@ -72,9 +72,16 @@ class Scorer:
                 found()
 
     def longest(self, prompt: Prompt) -> float:
-        """Seconds that a verdict can take before its verifiers end it themselves; 0 for those that set themselves no limit."""
-        found = [hook(self.verifier(name), "longest") for name in self.names(prompt)]
-        return sum(limit(prompt) for limit in found if limit is not None)
+        """Seconds that a verdict can take before its verifiers end it themselves; 0 for those that set themselves no limit, and
+        for a prompt that cannot be judged: judging it says why."""
+        seconds = 0.0
+        try:
+            for verifier in map(self.verifier, self.names(prompt)):
+                limit = hook(verifier, "longest")
+                seconds += limit(prompt, **getattr(verifier, "keywords", {})) if limit is not None else 0.0
+        except RlpipeError:
+            return 0.0
+        return seconds
 
     def score(self, prompt: Prompt, response: str) -> dict[str, float]:
         """The verdict: finite floats, `reward` among them. Raises what a verifier raises: no failure becomes a number."""
