@@ -232,7 +232,8 @@ def describe(cfg: RunConfig, resources: dict[str, float] | None) -> str:
             to_yaml(cfg).rstrip(),
             f"model: {f'{count / 1e6:.2f}M parameters' if count else 'size unknown until its config.json is there'}",
             describe_source(cfg),
-            "placement (host memory per role, without activations and caches; of the GPUs see below)\n" + ledger(roles(cfg), resources or local_resources()),
+            "placement (host memory per role, without activations and caches; of the GPUs see below)\n"
+            + ledger(roles(cfg), resources or local_resources()),
             "memory of one worker, estimated\n" + memory(cfg),
             "one step\n" + step_arithmetic(cfg),
             "needed and not here:\n" + "\n".join(f"  - {item}" for item in missing) if missing else "everything needed is here",
