@@ -70,53 +70,25 @@ def run(arguments: list[str]) -> int:
 
 def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str]) -> int:
     """Connect, build the driver, run it, leave a summary."""
-    from rlpipe import checkpoint, cluster, recipe
     from rlpipe.data import pass_rates, report
     from rlpipe.data.source import Cursor
     from rlpipe.driver import Driver
-    from rlpipe.monitor.monitor import Monitor
     from rlpipe.plan import roles
+    from rlpipe.stage import Stage
     from rlpipe.warm_start import initial_model
 
-    saved = checkpoint.read_state(resume_from) if resume_from else None
-    if saved:
-        changes = recipe.differences(recipe.load([f"recipe={run_dir / 'config.yaml'}"]), cfg)
-        shape = {"workers": cfg.learner.workers, "zero_stage": cfg.learner.zero_stage}
-        checkpoint.check_fits(resume_from, saved, fingerprint=recipe.fingerprint(cfg), changes=changes, learner=shape)
-    state = {"step": saved["step"], **saved["monitor"]} if saved else None
-    monitor = Monitor(run_dir, cfg, config_yaml=recipe.to_yaml(cfg), resume=state)
-    status, driver, placement = "failed", None, None
-    try:
-        if cfg.description:
-            monitor.note(cfg.description.strip())
-        for warning in warnings:
-            monitor.warn(warning)
+    needed = roles(cfg)
+    with Stage(cfg, run_dir, resume_from, warnings) as stage:
+        monitor = stage.monitor
         if report.write(source.reports, run_dir / report.NAME):
             monitor.note(f"records that were left out: {run_dir / report.NAME}")
-        needed = roles(cfg)
-        cluster.connect(
-            cfg.cluster,
-            need_cpus=sum(role.workers * role.cpus for role in needed),
-            need_gpus=sum(role.workers * role.gpus for role in needed),
-        )
-        cluster.preflight(needed)
+        stage.connect(needed)
         with monitor.phase("warm start on demonstrations", cfg.warm_start.steps) as phase:
             folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
-        placement = cluster.place(needed, cfg.cluster.start_timeout_s)
         cursor = Cursor(source, pass_rates.PassRateLog(run_dir / pass_rates.NAME))
-        driver = Driver(cfg, run_dir, monitor, source, cursor, str(folder.resolve()), placement, resume_from)
-        summary = driver.run()
-        status = "finished"
-        monitor.finish(summary, status=status)
-        return 0
-    finally:
-        if status != "finished":
-            monitor.finish(driver.summary() if driver else {}, status=status)
-        if driver is not None:
-            driver.close()
-        if placement is not None:
-            placement.remove()
-        cluster.disconnect()
+        placement = stage.place(needed)
+        stage.run(Driver(cfg, run_dir, monitor, source, cursor, str(folder.resolve()), placement, resume_from))
+    return 0
 
 
 def without_links(cfg: RunConfig) -> RunConfig:

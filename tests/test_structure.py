@@ -22,7 +22,7 @@ FLOORS = (  # imports go down only; units of one floor do not import each other
     {"models"},
     {"sampling", "objectives", "verifiers", "data"},
     {"rollout", "learner", "monitor", "warm_start", "parity", "checkpoint", "recipe"},
-    {"collection", "evaluation", "plan"},
+    {"collection", "evaluation", "plan", "stage"},
     {"driver"},
     {"run"},
     {"eval"},

@@ -85,28 +85,17 @@ def with_epochs(cfg: RunConfig, size: int | None) -> RunConfig:
 
 def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str], examples=None) -> int:
     """Connect, build the driver, run it, leave a summary. examples: if they have been made already."""
-    from rlpipe import checkpoint, cluster, recipe
     from rlpipe.data import report
     from rlpipe.monitor.console import Column
-    from rlpipe.monitor.monitor import Monitor
     from rlpipe.plan import roles
     from rlpipe.sft.driver import SftDriver
+    from rlpipe.stage import Stage
     from rlpipe.warm_start import initial_model
 
-    saved = checkpoint.read_state(resume_from) if resume_from else None
-    if saved:
-        changes = recipe.differences(recipe.load([f"recipe={run_dir / 'config.yaml'}"]), cfg)
-        shape = {"workers": cfg.learner.workers, "zero_stage": cfg.learner.zero_stage}
-        checkpoint.check_fits(resume_from, saved, fingerprint=recipe.fingerprint(cfg), changes=changes, learner=shape)
-    state = {"step": saved["step"], **saved["monitor"]} if saved else None
+    needed = [role for role in roles(cfg) if role.name == "learner"]
     columns = tuple(Column(*column) for column in CONSOLE if cfg.sft.objective == "certainty" or column[0] != "certainty")
-    monitor = Monitor(run_dir, cfg, config_yaml=recipe.to_yaml(cfg), resume=state, columns=columns)
-    status, driver, placement = "failed", None, None
-    try:
-        if cfg.description:
-            monitor.note(cfg.description.strip())
-        for warning in warnings:
-            monitor.warn(warning)
+    with Stage(cfg, run_dir, resume_from, warnings, columns=columns) as stage:
+        monitor = stage.monitor
         with monitor.phase("initial weights", cfg.warm_start.steps) as phase:
             folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
         with monitor.phase("looking at the examples"):
@@ -114,27 +103,10 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         if report.write((*source.reports, *examples.reports), run_dir / report.NAME):
             monitor.note(f"records that were left out: {run_dir / report.NAME}")
         monitor.note(f"training on {examples.identity}{f'; {examples.size} a pass' if examples.size else ''}")
-        needed = [role for role in roles(cfg) if role.name == "learner"]
-        cluster.connect(
-            cfg.cluster,
-            need_cpus=sum(role.workers * role.cpus for role in needed),
-            need_gpus=sum(role.workers * role.gpus for role in needed),
-        )
-        cluster.preflight(needed)
-        placement = cluster.place(needed, cfg.cluster.start_timeout_s)
-        driver = SftDriver(cfg, run_dir, monitor, examples, str(folder.resolve()), placement, resume_from)
-        summary = driver.run()
-        status = "finished"
-        monitor.finish(summary, status=status)
-        return 0
-    finally:
-        if status != "finished":
-            monitor.finish(driver.summary() if driver else {}, status=status)
-        if driver is not None:
-            driver.close()
-        if placement is not None:
-            placement.remove()
-        cluster.disconnect()
+        stage.connect(needed)
+        placement = stage.place(needed)
+        stage.run(SftDriver(cfg, run_dir, monitor, examples, str(folder.resolve()), placement, resume_from))
+    return 0
 
 
 def _examples(cfg: RunConfig, source, folder: Path):
