@@ -77,8 +77,14 @@ class Merged:
         """base + scaling · B A; the parts must be whole."""
         if len(self.parts) == 1:
             return self.parts[0]
-        base, down, up = self.parts
-        return base + self.scaling * (up @ down).to(base.dtype)
+        return merge(*self.parts, self.scaling)
+
+
+@torch.no_grad()
+def merge(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+    """base [o, i] + scaling · up [o, r] down [r, i]: what an adapted layer computes with, in one matrix of base's dtype. All
+    that merge call this, so that learner, export and rollout agree to the bit."""
+    return base + scaling * (up @ down).to(base.dtype)
 
 
 def merged_parameters(lm: nn.Module) -> list[Merged]:
@@ -95,3 +101,22 @@ def merged_parameters(lm: nn.Module) -> list[Merged]:
         parts = (parameter, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
         merged.append(Merged(name.replace(BASE, ""), parts, layer.scaling["default"]))
     return merged
+
+
+def base_parameters(lm: nn.Module) -> list[Merged]:
+    """The plain model's tensors without what the adapters add: frozen, so they are the same as long as a run lasts."""
+    return [Merged(merged.name, merged.parts[:1]) for merged in merged_parameters(lm)]
+
+
+def adapter_parameters(lm: nn.Module) -> list[Merged]:
+    """A and B of every adapted layer, one after the other, as NAME:A and NAME:B of the plain model's NAME."""
+    found = []
+    for merged in merged_parameters(lm):
+        if len(merged.parts) > 1:
+            found += [Merged(f"{merged.name}:{side}", (part,)) for side, part in zip("AB", merged.parts[1:], strict=True)]
+    return found
+
+
+def scalings(lm: nn.Module) -> dict[str, float]:
+    """Of B A, for every adapted tensor of the plain model."""
+    return {merged.name: merged.scaling for merged in merged_parameters(lm) if len(merged.parts) > 1}
