@@ -1,34 +1,29 @@
-"""Connecting to Ray, placing roles, and waiting: the only module that calls ray.get or ray.wait.
+"""Connecting to Ray, what the cluster has, and waiting: the only module that calls ray.get or ray.wait.
 
 Ray is imported inside functions, so that plans and configurations can be made without it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from rlpipe.bundles import Role, bundles_of, ledger, shortage
 from rlpipe.config import ClusterConfig
 from rlpipe.errors import ClusterError, RlpipeError, WaitTimeout, WorkerLost
+from rlpipe.placement import Placement as Placement
+from rlpipe.placement import place as place
 
 log = logging.getLogger("rlpipe")
 _started_here = False
 
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What one kind of worker needs. cpus and gpus are Ray's bookkeeping, per worker; memory_gb is an estimate, 0 unknown."""
-
-    name: str
-    workers: int
-    cpus: float
-    gpus: float = 0.0
-    memory_gb: float = 0.0
+MEMORY_SLACK = 1.25  # estimates of host memory may be so much too high before a run is refused
+EVERY_S = 10.0  # a line in the log of a wait
 
 
 def connect(cfg: ClusterConfig, *, need_cpus: float, need_gpus: float) -> None:
@@ -84,76 +79,50 @@ def disconnect() -> None:
     _started_here = False
 
 
-def ledger(roles: Sequence[Role], resources: dict[str, float]) -> str:
-    """A table of what the roles ask for against what the cluster has (Ray's resource dict)."""
-    lines = [f"{'role':<12}{'workers':>8}{'CPUs':>10}{'GPUs':>8}{'host memory':>14}"]
-    for role in roles:
-        memory = f"{role.workers * role.memory_gb:.1f} GB" if role.memory_gb else "unknown"
-        lines.append(
-            f"{role.name:<12}{role.workers:>8}{role.workers * role.cpus:>10.2f}{role.workers * role.gpus:>8.2f}{memory:>14}"
-        )
-    cpus, gpus = (sum(r.workers * getattr(r, k) for r in roles) for k in ("cpus", "gpus"))
-    has_memory = f"{resources['memory'] / 2**30:.1f} GB" if "memory" in resources else "unknown"
-    lines.append(f"{'need':<12}{'':>8}{cpus:>10.2f}{gpus:>8.2f}")
-    lines.append(
-        f"{'cluster has':<12}{'':>8}{resources.get('CPU', 0.0):>10.2f}{resources.get('GPU', 0.0):>8.2f}{has_memory:>14}"
-    )
-    return "\n".join(lines)
+def machines() -> list[dict[str, float]]:
+    """What each live machine of the connected cluster has, in Ray's terms."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def autoscales() -> bool:
+    """Whether the connected cluster grows by itself. Ray does not say so outright: version 2 of its autoscaler leaves a mark;
+    version 1 reports machines by the types of its configuration, and a cluster without one has types made of node ids."""
+    import ray
+    from ray.experimental import internal_kv
+
+    if internal_kv._internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
+        return True
+    status = internal_kv._internal_kv_get(ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS)
+    report = (json.loads(status).get("autoscaler_report") or {}) if status else {}
+    return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
 
 
 def preflight(roles: Sequence[Role]) -> None:
-    """Raises ClusterError, with the arithmetic, if the connected cluster can never hold the roles."""
-    has = resources()
-    for key, kind in (("CPU", "cpus"), ("GPU", "gpus")):
-        need = sum(role.workers * getattr(role, kind) for role in roles)
-        if need > has.get(key, 0.0) + 1e-6:
+    """Raises ClusterError, with the arithmetic, if the connected cluster can never hold what the run starts with; on a cluster
+    that grows by itself that is a warning. Host memory is an estimate: it refuses past the slack, and warns up to there."""
+    has, bundles = machines(), bundles_of(roles)
+    first = [bundle for bundle in bundles if not bundle.later]
+    lacking = shortage(first, has, MEMORY_SLACK)
+    if lacking:
+        table = ledger(roles, resources())
+        if not autoscales():
             raise ClusterError(
-                f"the run needs {need:g} {key}s and the cluster has {has.get(key, 0.0):g}:\n{ledger(roles, has)}\n"
-                f"Use fewer workers, lower the roles' `{kind}`, or join a larger cluster (cluster.address)"
+                f"{lacking}:\n{table}\nUse fewer workers, lower the roles' `cpus` or `gpus`, or join a larger cluster "
+                "(cluster.address)"
             )
+        log.warning("%s; the cluster grows by itself, so the run waits for more machines:\n%s", lacking, table)
+        return
+    tight = shortage(first, has)
+    if tight:
+        log.warning("%s, as far as can be estimated; the kernel may end a worker", tight)
+    later = shortage(bundles, has)
+    if later:
+        log.info("%s: %d worker(s) join when there is room for them", later, len(bundles) - len(first))
 
 
-class Placement:
-    """A placement group with one bundle a worker."""
-
-    def __init__(self, group: Any, index: dict[tuple[str, int], int], roles: dict[str, Role]):
-        self.group, self.index, self.roles = group, index, roles
-
-    def options(self, role: str, index: int) -> dict[str, Any]:
-        """For `Actor.options(**…)`: the worker's bundle and share."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        wanted = self.roles[role]
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.index[role, index])
-        return {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "scheduling_strategy": strategy}
-
-    def remove(self) -> None:
-        from ray.util import remove_placement_group
-
-        remove_placement_group(self.group)
-
-
-def place(roles: Sequence[Role], timeout_s: float) -> Placement:
-    """Reserve room for every worker, packed onto few nodes. Raises WaitTimeout with the ledger if it does not come."""
-    import ray
-    from ray.util import placement_group
-
-    index: dict[tuple[str, int], int] = {}
-    bundles = []
-    for role in roles:
-        for worker in range(role.workers):
-            index[role.name, worker] = len(bundles)
-            bundle = {"CPU": role.cpus, "GPU": role.gpus}
-            bundles.append({k: v for k, v in bundle.items() if v} or {"CPU": 0.001})
-    group = placement_group(bundles, strategy="PACK")
-    try:
-        wait([group.ready()], what=f"room for {len(bundles)} workers", timeout_s=timeout_s)
-    except WaitTimeout as error:
-        raise WaitTimeout(f"{error}\n{ledger(roles, ray.available_resources())}\n(what is free now)") from error
-    return Placement(group, index, {role.name: role for role in roles})
-
-
-def wait(references: Sequence[Any], *, what: str, timeout_s: float, every_s: float = 10.0) -> list[Any]:
+def wait(references: Sequence[Any], *, what: str, timeout_s: float, every_s: float = EVERY_S) -> list[Any]:
     """Results of all references, in order. A line every `every_s` seconds; raises WaitTimeout at the deadline.
 
     An rlpipe error raised remotely arrives as itself; a dead worker as WorkerLost.
@@ -178,11 +147,15 @@ def wait(references: Sequence[Any], *, what: str, timeout_s: float, every_s: flo
     return [fetch(reference, what) for reference in references]
 
 
-def finished(references: Sequence[Any], timeout_s: float) -> list[Any]:
-    """References that are done, after at most timeout_s and as soon as one is; for loops with deadlines of their own."""
+def finished(references: Sequence[Any], timeout_s: float, every: bool = False) -> list[Any]:
+    """References that are done, after at most timeout_s and as soon as one is; for loops with deadlines of their own. every:
+    all that are done by then, not only the first."""
     import ray
 
-    return ray.wait(list(references), timeout=max(0.0, timeout_s), fetch_local=False)[0]
+    done, _ = ray.wait(list(references), timeout=max(0.0, timeout_s), fetch_local=False)
+    if every and done and len(references) > 1:
+        done, _ = ray.wait(list(references), num_returns=len(references), timeout=0, fetch_local=False)
+    return done
 
 
 def _raise_failed(done: set, what: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpipe.cluster import Role, ledger
+from rlpipe.bundles import Machine, Role, bundles_of, ledger, seating
 from rlpipe.config import AlgoConfig, RunConfig
 from rlpipe.contradictions import CONVERT, TINY_BLOCK_SIZE, block_size
 from rlpipe.data.description import describe_source, missing_data
@@ -17,12 +19,14 @@ from rlpipe.model_shapes import PUBLISHED, Shape, block_of, declared, is_hub_id,
 from rlpipe.models.checkpoint_files import WeightFiles
 from rlpipe.models.memory import GPUS_GB, ROOM, Part, adapter_parameters, learner_parts, rollout_parts, size, table
 from rlpipe.recipe import to_yaml
+from rlpipe.server_settings import wanted
 from rlpipe.verifiers.registry import BUILT_IN
 
 PROCESS_GB = 0.5  # Python with torch and Ray, before any weights
 VERIFIER_GB = 0.1
 BYTES = {"float32": 4, "bfloat16": 2}
 SMOLLM2 = "smollm2"  # of a package, see `models.smollm2`
+MACHINE_GPUS = 8  # of the machine that most clusters are made of
 PROMPT_TOKENS = 512  # of a prompt, where no limit says
 TINY_VOCABULARY = 60  # a character tokenizer has some tens of tokens
 
@@ -55,7 +59,8 @@ def parameter_count(cfg: RunConfig) -> int | None:
 def roles(cfg: RunConfig) -> list[Role]:
     """Workers by role, with an estimate of memory each; activations and caches come on top.
 
-    A rollout worker holds the weights, a learner rank weights, gradients and optimizer: see `rlpipe.models.memory`.
+    A rollout worker holds the weights, a learner rank weights, gradients and optimizer: see `rlpipe.models.memory`. Servers are
+    those that start with the run; what they need of the host is not known.
     """
     count, ranks = parameter_count(cfg), cfg.learner.workers
     rollout_gb = learner_gb = 0.0
@@ -63,14 +68,16 @@ def roles(cfg: RunConfig) -> list[Role]:
         rollout_gb = PROCESS_GB + (0 if cfg.rollout.gpus else count * BYTES[cfg.model.dtype] / 2**30)
         parts = learner_parts(None, count, BYTES[cfg.model.dtype], **_learner_settings(cfg))
         learner_gb = PROCESS_GB + sum(part.nbytes for part in parts if part.on_host or not cfg.learner.gpus) / 2**30
+    elastic = 0 < cfg.rollout.min_workers < cfg.rollout.workers
     found = [
-        Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus, rollout_gb),
-        Role("verifier", cfg.verifier.workers, cfg.verifier.cpus, 0.0, VERIFIER_GB),
+        Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus, rollout_gb, cfg.rollout.min_workers),
+        Role("verifier", cfg.verifier.workers, cfg.verifier.cpus, 0.0, VERIFIER_GB, int(elastic)),
         Role("learner", ranks, cfg.learner.cpus, cfg.learner.gpus, learner_gb),
     ]
     if cfg.value.enabled:
         found.append(Role("value", ranks, cfg.learner.cpus, cfg.learner.gpus, learner_gb))
-    return found
+    found += [Role(name, 1, server.cpus, server.gpus) for name, server in wanted(cfg).items()]
+    return [dataclasses.replace(role, shared=role.name in cfg.cluster.colocate) for role in found]
 
 
 def _learner_settings(cfg: RunConfig, trainable: int | None = None) -> dict[str, Any]:
@@ -169,7 +176,7 @@ def needs(cfg: RunConfig) -> list[str]:
         **dict.fromkeys(("torch", "transformers", "ray", "deepspeed"), True),
     }
     missing += [f"the package {name}" for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
-    gpus = sum(role.workers * role.gpus for role in roles(cfg))
+    gpus = sum(bundle.gpus for bundle in bundles_of(roles(cfg)))
     if gpus > local_resources()["GPU"]:
         missing.append(f"{gpus:g} GPUs: this machine has {local_resources()['GPU']:g}; on a cluster they may be there")
     return missing
@@ -223,8 +230,22 @@ def local_resources() -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": float(memory)}
 
 
-def describe(cfg: RunConfig, resources: dict[str, float] | None) -> str:
-    """The text of `dry_run=true`. resources: of the cluster, None for this machine."""
+def seats(cfg: RunConfig, machines: Sequence[Machine]) -> str:
+    """Who sits on which GPU; on machines of eight if the workers do not fit on these."""
+    bundles = bundles_of(roles(cfg))
+    if not any(bundle.gpus for bundle in bundles):
+        return "  no GPUs are asked for"
+    lines = seating(bundles, machines)
+    if lines:
+        return "\n".join(f"  {line}" for line in lines)
+    usual = {"CPU": math.inf, "GPU": float(MACHINE_GPUS)}
+    lines = seating(bundles, [usual] * len(bundles))
+    where = f"  not on these machines; on machines of {MACHINE_GPUS} GPUs:"
+    return "\n".join([where, *(f"  {line}" for line in lines)]) if lines else "  a worker asks for more GPUs than that"
+
+
+def describe(cfg: RunConfig, resources: dict[str, float] | None, machines: Sequence[Machine] = ()) -> str:
+    """The text of `dry_run=true`. resources: of the cluster, None for this machine; machines: one by one, if they are known."""
     count = parameter_count(cfg)
     missing = needs(cfg)
     return "\n\n".join(
@@ -234,6 +255,7 @@ def describe(cfg: RunConfig, resources: dict[str, float] | None) -> str:
             describe_source(cfg),
             "placement (host memory per role, without activations and caches; of the GPUs see below)\n"
             + ledger(roles(cfg), resources or local_resources()),
+            "who sits where\n" + seats(cfg, machines or [resources or local_resources()]),
             "memory of one worker, estimated\n" + memory(cfg),
             "one step\n" + step_arithmetic(cfg),
             "needed and not here:\n" + "\n".join(f"  - {item}" for item in missing) if missing else "everything needed is here",

@@ -7,6 +7,8 @@ our cache, the same in rollout, learner and evaluation; that is what makes their
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -62,6 +64,8 @@ class SlotCache:
     Rows of a step are packed: T rows of n slots in one sequence. They write their keys and values at (slot, store) and then see
     all positions of their slot below their own `key_len`. All rows of a step are written before any attends, so a clean block
     and the masked block behind it can share a forward (the fused commit) and the clean one never sees the other.
+
+    device: of the first layer. Another layer's storage moves to where its keys are when it is first written.
     """
 
     def __init__(self, *, slots: int, positions: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device):
@@ -97,13 +101,20 @@ class SlotCache:
         source = slots[target]
         for stores in (self.keys, self.values):
             for layer, store in enumerate(stores):
-                store[target] = store[source]
+                store[target.to(store.device)] = store[source.to(store.device)]
                 stores[layer] = store[: len(slots)]
 
     def copy_prefix(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Give slots `target` int64 [k] the first `length` positions of slots `source` int64 [k]: a prompt prefilled once."""
         for store in (*self.keys, *self.values):
-            store[target, :length] = store[source, :length]
+            store[target.to(store.device), :length] = store[source.to(store.device), :length]
+
+    def settle(self, layer: int, device: torch.device) -> None:
+        """Move a layer's storage."""
+        for half, shown in enumerate((self.keys, self.values)):
+            store = self.storage[2 * layer + half].to(device)
+            self.storage[2 * layer + half] = store
+            shown[layer] = store[: shown[layer].shape[0], : shown[layer].shape[1]]
 
     def plan(
         self,
@@ -132,6 +143,10 @@ class SlotPlan:
             part = [None if values is None else values[wanted] for values in (slot, store, key_len, hidden)]
             self.some = _Look(*part[:3], num_slots, part[3])
 
+    def on(self, device: torch.device) -> SlotPlan:
+        """The same step for layers on another device."""
+        return moved(self, lambda tensor: tensor.to(device))
+
     def attend(self, layer, query, key, value, scaling):
         return self.all.attend(query, *self._write(layer, key, value), scaling)
 
@@ -141,6 +156,8 @@ class SlotPlan:
 
     def _write(self, layer, key, value) -> tuple[torch.Tensor, torch.Tensor]:
         layer %= len(self.cache.keys)
+        if self.cache.storage[2 * layer].device != key.device:
+            self.cache.settle(layer, key.device)
         for store, new in zip(self.cache.storage[2 * layer : 2 * layer + 2], (key, value), strict=True):
             store.flatten(0, 1)[self.where] = new[0].transpose(0, 1)
         return self.cache.keys[layer], self.cache.values[layer]
@@ -212,6 +229,20 @@ class _Part:
         query = rows.index_select(0, self.gather.flatten()).view(*self.gather.shape, *rows.shape[1:])
         out = _sdpa(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), self.mask, scaling)
         return out.flatten(0, 1)
+
+
+def moved(plan, move: Callable[[torch.Tensor], torch.Tensor]):
+    """A copy of a plan, or of a part of one, with its tensors moved; the cache stays the one that it is."""
+    if isinstance(plan, torch.Tensor):
+        return move(plan)
+    if isinstance(plan, list):
+        return [moved(part, move) for part in plan]
+    if not isinstance(plan, (SlotPlan, _Look, _Part)):
+        return plan
+    twin = copy.copy(plan)
+    for name, value in vars(plan).items():
+        setattr(twin, name, moved(value, move))
+    return twin
 
 
 def _sdpa(query, key, value, mask, scaling: float) -> torch.Tensor:

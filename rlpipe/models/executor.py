@@ -33,10 +33,14 @@ class Executor:
     @classmethod
     def of(cls, lm: nn.Module) -> Executor | None:
         """None for an architecture that this does not know: the stock forward is used then."""
+        return cls(lm) if cls.knows(lm) else None
+
+    @staticmethod
+    def knows(lm: nn.Module) -> bool:
         config = lm.config
         known = type(lm).__name__ in ARCHITECTURES and config.hidden_act == "silu"
         windowed = getattr(config, "use_sliding_window", False)
-        return cls(lm) if known and not windowed and not getattr(config, "attention_dropout", 0.0) else None
+        return known and not windowed and not getattr(config, "attention_dropout", 0.0)
 
     def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """input_ids, position_ids int64 [1, T] → last hidden state [1, T, d], or [1, K, d] of the rows that the plan wants: the
@@ -46,11 +50,15 @@ class Executor:
         cos, sin = model.rotary_emb(x, position_ids)
         half = sin.shape[-1] // 2
         cos, sin = cos.unsqueeze(2), torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
-        wanted = getattr(plan, "wanted", None)
+        home = there = x.device
         for index, layer in enumerate(self.layers):
+            if layer.device != there:  # a model that is spread over devices, see `rlpipe.models.spreading`
+                there = layer.device
+                x, cos, sin, plan = x.to(there), cos.to(there), sin.to(there), plan.on(there)
+            wanted = getattr(plan, "wanted", None)
             last = index == len(self.layers) - 1
             x = layer.last(x, cos, sin, plan, index, wanted) if last and wanted is not None else layer(x, cos, sin, plan, index)
-        return _norm(model.norm, x)
+        return _norm(model.norm, x.to(home))
 
 
 class _Layer:
@@ -61,6 +69,7 @@ class _Layer:
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.qkv = _joined((attention.q_proj, attention.k_proj, attention.v_proj))
         self.out = attention.o_proj
+        self.device = self.out.weight.device
         self.mlp = _DenseMLP(mlp) if hasattr(mlp, "gate_proj") else mlp
         self.queries = attention.q_proj.out_features
         self.heads = self.queries // self.head_dim
