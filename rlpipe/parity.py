@@ -42,9 +42,57 @@ def gap(learner: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
     }
 
 
+def stale(learner: np.ndarray, rollout: np.ndarray, lag: np.ndarray) -> dict[str, float]:
+    """Tokens that older weights drew; learner: log-probabilities under those that open the step, rollout: as recorded, lag
+    int[M]: weight versions between the two. Nothing stops for them, the loss weighs them. Empty if there are none.
+
+    stale_gap_K: mean of d = learner - rollout in nats, of lag K: minus the mean KL divergence of K versions of training ·
+    stale_ratio: mean of exp(d) over all of them, 1 in expectation whatever the lag, so it is what is left to look at in a step
+    that has no token to compare: further from 1 than a few stale_ratio_error (its standard error), learner and rollout differ
+    in more than their weights · stale_tokens: how many.
+    """
+    if not len(learner):
+        return {}
+    delta = learner.astype(np.float64) - rollout.astype(np.float64)
+    ratio = np.exp(np.clip(delta, -20, 20))
+    return {f"parity/stale_gap_{k}": float(delta[lag == k].mean()) for k in np.unique(lag)} | {
+        "parity/stale_ratio": float(ratio.mean()),
+        "parity/stale_ratio_error": float(ratio.std() / np.sqrt(len(ratio))),
+        "parity/stale_tokens": float(len(ratio)),
+    }
+
+
+def measure(
+    learner: np.ndarray, rollout: np.ndarray, exact: np.ndarray, lag: np.ndarray, clip_low: float, clip_high: float
+) -> dict[str, float]:
+    """All parity/ metrics of a step's tokens [M]: the `gauge` of those that should agree (exact bool[M]), the `gap` of another
+    law under the same weights (lag 0), and what is `stale` (lag int[M])."""
+    other, old = ~exact & (lag == 0), lag != 0
+    return (
+        gauge(learner[exact], rollout[exact], clip_low, clip_high)
+        | gap(learner[other], rollout[other])
+        | stale(learner[old], rollout[old], lag[old])
+    )
+
+
 def diversity(groups: Sequence[Sequence[str]]) -> float:
     """Mean share of distinct responses in a group: 1/G when all are the same, 1 when none is repeated."""
     return float(np.mean([len(set(texts)) / len(texts) for texts in groups]))
+
+
+DOUBT = 5.0  # standard errors
+
+
+def doubts(metrics: dict[str, float]) -> str:
+    """What speaks against agreement in a step whose tokens older weights drew; empty if nothing does. A warning, not an error:
+    few heavy ratios can make a mean."""
+    ratio, error = metrics.get("parity/stale_ratio", 1.0), metrics.get("parity/stale_ratio_error", 0.0)
+    if not error or abs(ratio - 1.0) <= DOUBT * error:
+        return ""
+    return (
+        f"tokens of older weights have a mean probability ratio of {ratio:.3f} ± {error:.3f}, where 1 is expected: learner and "
+        "rollout may differ in more than their weights; max_lag=0 lets the parity gauge compare them"
+    )
 
 
 def check(metrics: dict[str, float], config: ParityConfig, step: int) -> None:

@@ -65,10 +65,23 @@ class Batches:
         )
 
     def behaviour(self, batch: Sequence[int]) -> torch.Tensor:
-        """float32 [M]: what the sampler recorded where it drew from another distribution than the learner's, NaN elsewhere."""
+        """float32 [M]: what the sampler recorded where it drew from another distribution than that of the policy which opens
+        the step; NaN where it is the same, or where the row shows another state than the sampler's, so nothing is known."""
         held = [self.samples[i] for i in batch]
-        found = [np.where(s.exact, np.float32("nan"), s.rollout_logp) for s in held]
+        found = [np.where(s.on_policy, np.float32("nan"), s.rollout_logp) for s in held]
         return torch.from_numpy(np.concatenate(found)).to(self.device)
+
+    def off_policy(self, batch: Sequence[int]) -> dict[str, float]:
+        """Sums over the batch's scored tokens: stale_tokens, drawn by other weights than those that open the step, and
+        uncorrected_tokens, which another distribution drew and no recorded log-probability can weigh. Empty if all are the
+        policy's own."""
+        held = [self.samples[i] for i in batch]
+        if all(s.on_policy.all() for s in held):
+            return {}
+        return {
+            "stale_tokens": float(sum(np.count_nonzero(s.lag) for s in held)),
+            "uncorrected_tokens": float(sum(np.count_nonzero(~s.on_policy & np.isnan(s.rollout_logp)) for s in held)),
+        }
 
     def _ids(self, parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self.device)

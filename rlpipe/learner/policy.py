@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlpipe.checkpoint.fitting import EXPORT, PLAIN
 from rlpipe.config import LearnerConfig
 from rlpipe.errors import CheckpointError
 from rlpipe.learner.batches import Batches, is_filler
 from rlpipe.learner.engine import Engine
 from rlpipe.learner.micro_batches import Shard
+from rlpipe.learner.reshaping import adapters_of, write_adapters
 from rlpipe.learner.sharding import frozen_copy
 from rlpipe.models.adapters import has_adapters, without_adapters
-from rlpipe.models.loading import save_model
+from rlpipe.models.loading import load_model, save_model
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.objectives.objective import Objective
 
@@ -36,8 +38,8 @@ class PolicyLearner:
     def train(self, shard: Shard, epochs: int) -> dict[str, Any]:
         """All optimizer updates of a step. Returns `updates`, one dict each (additive `sums` of this rank, see
         `Objective.loss`; `grad_norm`, `lr`, equal on all ranks), and the parity gauge's raw material, flat over the scored
-        tokens whose state the rollout shared: `learner` and `rollout` log-probabilities (float32) and whether they should
-        agree, `exact` (bool).
+        tokens whose state the rollout shared: `learner` and `rollout` log-probabilities (float32), whether they should agree,
+        `exact` (bool), and by how many weight versions the rollout was behind, `lag` (int32); see `parity.measure`.
 
         The first update opens the step, so its own forward pass gives its old log-probabilities; only what later updates train
         on is scored beforehand (all of it where adapters have dropout, which is off in scoring).
@@ -81,7 +83,7 @@ class PolicyLearner:
             entropy=entropy,
         )
         values = torch.stack([value.double() for value in terms.sums.values()]).tolist()  # one wait for the device, not ten
-        return terms.loss, dict(zip(terms.sums, values, strict=True))
+        return terms.loss, dict(zip(terms.sums, values, strict=True)) | self.batches.off_policy(batch)
 
     @torch.no_grad()
     def _score(self, batches: Sequence[list[int]], into: list, model: Callable) -> None:
@@ -118,7 +120,8 @@ class PolicyLearner:
         return {
             "learner": np.concatenate([old[mask] for mask, old, _ in known] or none),
             "rollout": np.concatenate([s.rollout_logp[mask] for mask, _, s in known] or none),
-            "exact": np.concatenate([np.full(mask.sum(), s.exact) for mask, _, s in known] or [np.zeros(0, bool)]),
+            "exact": np.concatenate([s.on_policy[mask] for mask, _, s in known] or [np.zeros(0, bool)]),
+            "lag": np.concatenate([s.lag[mask] for mask, _, s in known] or [np.zeros(0, np.int32)]),
         }
 
     def _reference_policy(self):
@@ -140,17 +143,44 @@ class PolicyLearner:
                 mixed = torch.lerp(held.detach(), current.detach().to(held.dtype), algo.kl_mix)
             _write(held, mixed, self.engine)
 
-    def save(self, folder: Path) -> None:
-        """All ranks write their part."""
-        self.engine.save(folder)
+    def snapshot(self, folder: Path, tokenizer) -> None:
+        """All ranks hand their part of a checkpoint to the engine's writer: DeepSpeed's state, the lagged reference, a Hugging
+        Face folder `model` with adapters merged, and the adapters."""
+        self._snapshot(folder)
+        self.snapshot_model(folder / "model", tokenizer)
+
+    def _snapshot(self, folder: Path) -> None:
+        self.engine.snapshot(folder)
+        writer, model = self.engine.writer, self.engine.model
+        adapters = {name: self._whole(parameter) for name, parameter in adapters_of(model)}
+        if adapters and self.engine.rank == 0:
+            writer.submit(lambda: write_adapters(folder, adapters))
         if self.reference is not None and self.objective.algo.kl_reference == "lagged":
             state = {"steps_done": self.steps_done}
             state["weights"] = [self._whole(p) for p in _plain(self.reference).parameters()]
             if self.engine.rank == 0:
-                torch.save(state, folder / "reference.pt")
+                writer.submit_tensors(state, folder / "reference.pt")
 
-    def load(self, folder: Path) -> None:
-        self.engine.load(folder)
+    def snapshot_model(self, folder: Path, tokenizer) -> None:
+        write = lambda weights: save_model(self.engine.model, tokenizer, folder, weights)  # noqa: E731
+        self.engine.snapshot_model(folder, write)
+
+    def save(self, folder: Path) -> None:
+        """All ranks write their part, now. Raises CheckpointError if the disk refuses."""
+        self._snapshot(folder)
+        self.engine.writer.finish()
+
+    def save_model(self, folder: Path, tokenizer) -> None:
+        """A Hugging Face folder with the current weights, adapters merged, written by rank 0, now; all ranks must call it."""
+        self.snapshot_model(folder, tokenizer)
+        self.engine.writer.finish()
+
+    def load(self, folder: Path, how: str = PLAIN) -> None:
+        """how: see `rlpipe.checkpoint.fitting.way_to_load`. Raises CheckpointError."""
+        if how == EXPORT:
+            self.engine.load_weights(folder, lambda: self._exported(folder / "model"))
+        else:
+            self.engine.load(folder, how)
         if self.reference is not None and self.objective.algo.kl_reference == "lagged":
             path = folder / "reference.pt"
             if not path.is_file():
@@ -160,16 +190,12 @@ class PolicyLearner:
             for held, saved in zip(_plain(self.reference).parameters(), state["weights"], strict=True):
                 _write(held, saved.to(held.device), self.engine)
 
+    def _exported(self, folder: Path) -> dict[str, torch.Tensor]:
+        return dict(load_model(folder, str(self.engine.model.lm.dtype).removeprefix("torch.")).named_parameters())
+
     def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
         with self.engine.gathered([parameter]):
             return parameter.detach().cpu().clone()
-
-    def save_model(self, folder: Path, tokenizer) -> None:
-        """A Hugging Face folder with the current weights, adapters merged, written by rank 0; all ranks must call it."""
-        try:
-            self.engine.hand_over(lambda weights: save_model(self.engine.model, tokenizer, folder, weights))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"the model could not be written to {folder}: {error}. Free some space") from error
 
 
 class _Adapterless:

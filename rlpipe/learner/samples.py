@@ -10,7 +10,7 @@ import numpy as np
 _RAGGED = {
     "prompt_ids": np.int32, "response_ids": np.int32, "masked": np.bool_, "scored": np.bool_, "targets": np.int32,
     "unit": np.int32, "coefficient": np.float32, "advantage": np.float32, "policy_weight": np.float32,
-    "kl_weight": np.float32, "rollout_logp": np.float32, "returns": np.float32,
+    "kl_weight": np.float32, "rollout_logp": np.float32, "lag": np.int32, "returns": np.float32,
 }  # fmt: skip
 _SCALARS = {"block_size": np.int32, "group": np.int32, "exact": np.bool_}
 
@@ -24,11 +24,13 @@ class Sample:
     bool[R, L] · targets int32[R, L] or empty (the response itself).
     Float32[M], one value a scored token in row-major order: rollout_logp (as recorded; NaN where the learner's state is not
     the sampler's, so that nothing can be compared), returns (what a value model should say; empty without one).
+    lag int32[M]: weight versions between the policy that opens the step and the one that drew the token; 0: the same weights.
     Float32[U], one value a unit of the ratio: advantage, policy_weight and kl_weight (reducer weights; their sums over an
     update are its loss). unit int32[M] and coefficient float32[M]: how tokens join into units (`objectives.units`); empty if
     each token is its own.
-    exact: the learner should reproduce rollout_logp; where it is False (stale keys, fused or cut distributions) the loss weighs
-    each unit by the ratio of the two.
+    exact: the learner should reproduce rollout_logp under the weights of the draw; False: stale keys, fused or cut
+    distributions. Tokens that are not exact, or whose lag is not 0, came from another distribution than the policy's own: the
+    loss weighs them by the ratio of the two.
     """
 
     prompt_ids: np.ndarray
@@ -42,6 +44,7 @@ class Sample:
     policy_weight: np.ndarray
     kl_weight: np.ndarray
     rollout_logp: np.ndarray
+    lag: np.ndarray
     unit: np.ndarray
     coefficient: np.ndarray
     returns: np.ndarray
@@ -50,6 +53,11 @@ class Sample:
     @property
     def num_scored(self) -> int:
         return len(self.rollout_logp)
+
+    @property
+    def on_policy(self) -> np.ndarray:
+        """bool[M]: tokens that the policy which opens the step drew itself."""
+        return (self.lag == 0) & self.exact
 
     def shared_tokens(self) -> int:
         """Tokens of the packed prompt, counted once for all samples of a group."""

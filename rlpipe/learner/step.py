@@ -11,7 +11,7 @@ from rlpipe.config import AlgoConfig
 from rlpipe.learner.micro_batches import Sizes
 from rlpipe.learner.samples import Sample
 from rlpipe.objectives.objective import Objective
-from rlpipe.objectives.planner import plan_replay
+from rlpipe.objectives.planner import plan_replay, response_blocks
 from rlpipe.objectives.rows import Rows
 from rlpipe.objectives.units import Units, join
 from rlpipe.trajectory import Trajectory
@@ -47,18 +47,21 @@ def plan_step(
     gauge_trajectories: int,
     rng: np.random.Generator,
     draws: int = 1,
+    version: int | None = None,
 ) -> StepPlan:
     """trajectories and advantages float32[N] in one order. Whole groups are dealt at random to `updates` optimizer updates
     (single responses where there are fewer groups than updates), each with its own reducer weights; that is done `draws` times,
-    with rows planned anew. When the objective's rows are not the states that the sampler saw, the first `gauge_trajectories`
-    are also replayed exactly, for the parity gauge alone."""
+    with rows planned anew. When the objective's rows are not the states that the sampler saw, `gauge_trajectories` of them are
+    also replayed exactly, for the parity gauge alone: the first ones, those that the policy drew a part of before all others.
+    version: of the weights that open the step, see `token_lags`."""
     group = np.unique([trajectory.uid for trajectory in trajectories], return_inverse=True)[1]
     samples: list[Sample] = []
     owner: list[int] = []
     plan: list[list[int]] = []
 
     def add(i: int, row: Rows, units: Units, policy: np.ndarray, kl: np.ndarray, replays: bool) -> None:
-        made = make_samples(trajectories[i], row, units, policy, kl, advantages[i], int(group[i]), replays=replays)
+        drawn = {"replays": replays, "version": version}
+        made = make_samples(trajectories[i], row, units, policy, kl, advantages[i], int(group[i]), **drawn)
         samples.extend(made)
         owner.extend([i] * len(made))
 
@@ -73,7 +76,9 @@ def plan_step(
             plan.append(list(range(first, len(samples))))
     first = len(samples)
     if not objective.replays_rollout:
-        for i, trajectory in enumerate(trajectories[:gauge_trajectories]):
+        comparable = [t.exact and (version is None or version in t.versions) for t in trajectories]
+        for i in sorted(range(len(trajectories)), key=lambda i: not comparable[i])[:gauge_trajectories]:
+            trajectory = trajectories[i]
             if trajectory.is_monotone():
                 row = plan_replay(trajectory)
                 nothing = np.zeros(row.num_scored, np.float32)
@@ -95,6 +100,15 @@ def deal(group: np.ndarray, updates: int, rng: np.random.Generator) -> list[np.n
     return [np.concatenate([np.flatnonzero(group == g) for g in part]) for part in parts]
 
 
+def token_lags(trajectory: Trajectory, version: int | None) -> np.ndarray:
+    """int32[L]: how many weight versions before `version` each response token was drawn: its block's under block attention, the
+    response's oldest under full attention, where no more is known. None: all weights count as the same."""
+    if version is None:
+        return np.zeros(trajectory.response_len, np.int32)
+    block = response_blocks(trajectory)
+    return (version - trajectory.versions[block - block[:1]]).astype(np.int32)
+
+
 def make_samples(
     trajectory: Trajectory,
     rows: Rows,
@@ -105,16 +119,20 @@ def make_samples(
     group: int,
     *,
     replays: bool,
+    version: int | None = None,
 ) -> list[Sample]:
     """One sample for a block trajectory; under full attention one a row, or one in all where units span rows. Weights
     float32[U]; advantage: of the response, unless the units have their own.
 
-    replays: the rows show the learner exactly the states the sampler saw, so log-probabilities can be compared.
+    replays: the rows show the learner exactly the states the sampler saw, so log-probabilities can be compared · version: of
+    the weights that open the step, see `token_lags`.
     """
+    place = np.nonzero(rows.scored)[1]
+    lag = token_lags(trajectory, version)[place]
     credit = np.full(len(units), advantage, np.float32) if units.credit is None else units.credit
     rollout = np.full(rows.num_scored, np.nan, np.float32)
     if replays:
-        rollout = np.broadcast_to(trajectory.at_commit("logp"), rows.scored.shape)[rows.scored]
+        rollout = trajectory.at_commit("logp")[place]
     starts = np.concatenate([[0], rows.scored.sum(1).cumsum()])  # entries are row-major, so a part's lie together
     samples, alone = [], units.plain
     for part in _parts(rows, units, bool(trajectory.block_size)):
@@ -138,6 +156,7 @@ def make_samples(
                 policy_weight=policy_weight[chosen],
                 kl_weight=kl_weight[chosen],
                 rollout_logp=rollout[entries],
+                lag=lag[entries],
                 unit=np.zeros(0, np.int32) if plain else unit.astype(np.int32),
                 coefficient=np.zeros(0, np.float32) if plain else units.coefficient[entries],
                 returns=np.zeros(0, np.float32),

@@ -84,11 +84,11 @@ def likelihood_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch
     return -_float(advantage) * _float(logp)
 
 
-def importance_weight(old_logp: torch.Tensor, behaviour_logp: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(p_old / p_behaviour, cap) of each unit [U], 1 where behaviour_logp is NaN: truncated importance sampling for units
-    that were not drawn from the policy which opened the step (approximate caches, fused or cut distributions)."""
-    weight = (_float(old_logp) - _float(behaviour_logp)).clamp(max=LOG_RATIO_BOUND).exp().clamp(max=cap)
-    return torch.where(behaviour_logp.isnan(), 1.0, weight)
+def importance_weight(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(p_old / p_behaviour, cap) of each unit [U] from its logarithm, 1 where that is NaN: truncated importance sampling
+    (Ionides 2008) for units that were not drawn by the policy which opened the step (older weights, approximate caches, fused
+    or cut distributions)."""
+    return torch.where(log_ratio.isnan(), 1.0, log_ratio.clamp(max=LOG_RATIO_BOUND).exp().clamp(max=cap))
 
 
 def clip_is_active(

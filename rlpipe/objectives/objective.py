@@ -170,10 +170,10 @@ class Objective:
         """Σ policy_weight · policy loss + kl_coef · Σ kl_weight · KL, over the units of any part of an update's entries [M].
 
         logp carries the gradient; old_logp is the ratio's denominator: the policy that opened the step, and the KL's reference
-        unless ref_logp is given. behaviour_logp: of the sampler where it was another distribution, NaN elsewhere; a unit with
-        any NaN counts as the policy's own, see `importance_weight`. entropy: nats, only reported; where the preset forces
-        certainty, that of the right tokens, 0 elsewhere, which then joins the loss. Raises ValueError if a reference is needed
-        and not given.
+        unless ref_logp is given. behaviour_logp: of the sampler where it was another distribution, NaN elsewhere: such entries
+        count as the policy's own, see `Entries.log_importance` and `importance_weight`. entropy: nats, only reported; where the
+        preset forces certainty, that of the right tokens, 0 elsewhere, which then joins the loss. Raises ValueError if a
+        reference is needed and not given.
         """
         if self.needs_reference and ref_logp is None:
             raise ValueError(f"algo.kl_reference={self.algo.kl_reference}: the loss needs the reference's log-probabilities")
@@ -183,11 +183,10 @@ class Objective:
         per_unit = self.preset.loss(value, old, entries.advantage, clip)
         sums = ratio_sums(unit.detach(), old, entries.advantage, clip if self.preset.loss is policy_loss else None)
         if behaviour_logp is not None:
-            behaviour = entries.join(behaviour_logp)
-            weight = importance_weight(old, behaviour, algo.importance_cap)
-            per_unit = per_unit * weight
-            if not behaviour.isnan().all():
-                sums |= importance_sums(weight, behaviour, algo.importance_cap)
+            log_ratio = entries.log_importance(old_logp.detach(), behaviour_logp)
+            per_unit = per_unit * importance_weight(log_ratio, algo.importance_cap)
+            if not log_ratio.isnan().all():
+                sums |= importance_sums(log_ratio, algo.importance_cap)
         policy = (entries.policy_weight * per_unit).sum()
         kl = torch.zeros_like(policy)
         reference = old if ref_logp is None else entries.join(ref_logp.detach())

@@ -38,7 +38,8 @@ class Replay:
         return self.shrink == 1
 
     def plan(self, trajectory: Trajectory, rng: np.random.Generator) -> Rows:
-        return rows_by_rank(trajectory, step_ranks(trajectory, self.shrink), self.tail)
+        steps = trajectory.step_map()
+        return rows_by_rank(trajectory, step_ranks(trajectory, self.shrink, steps), self.tail, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,20 @@ def slice_ranks(steps: np.ndarray, blocks: np.ndarray, shrink: int) -> np.ndarra
     if shrink < 1:
         raise ConfigError(f"algo.shrink={shrink}: the number of denoising steps merged into a row must be at least 1")
     order = np.lexsort((steps, blocks))
-    opens_block = np.diff(blocks[order], prepend=-1) != 0
-    opens_step = opens_block | (np.diff(steps[order], prepend=0) != 0)
+    opens_block = _differs(blocks[order])
+    opens_step = opens_block | _differs(steps[order])
     dense = np.cumsum(opens_step) - 1
     first = np.maximum.accumulate(np.where(opens_block, dense, 0))
     rank = np.empty(len(steps), np.int64)
     rank[order] = (dense - first) // shrink
     return rank
+
+
+def _differs(values: np.ndarray) -> np.ndarray:
+    """bool[L]: the value is another than the one before it; the first always is."""
+    found = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=found[1:])
+    return found
 
 
 def response_blocks(trajectory: Trajectory) -> np.ndarray:
@@ -122,10 +130,10 @@ def plan_replay(trajectory: Trajectory, shrink: int = 1) -> Rows:
     return rows_by_rank(trajectory, step_ranks(trajectory, shrink))
 
 
-def step_ranks(trajectory: Trajectory, shrink: int = 1) -> np.ndarray:
+def step_ranks(trajectory: Trajectory, shrink: int = 1, steps: np.ndarray | None = None) -> np.ndarray:
     """int64[L]: which row of a replay scores a token: its slice of `shrink` steps inside its block; -1 for tokens that were
-    fixed beforehand, L for those that were never committed."""
-    steps = trajectory.step_map()
+    fixed beforehand, L for those that were never committed. steps: the trajectory's step map, if the caller has it."""
+    steps = trajectory.step_map() if steps is None else steps
     committed = np.flatnonzero(steps)
     rank = np.full(trajectory.response_len, trajectory.response_len, np.int64)
     rank[trajectory.preset() & (steps == 0)] = -1
@@ -133,12 +141,13 @@ def step_ranks(trajectory: Trajectory, shrink: int = 1) -> np.ndarray:
     return rank
 
 
-def rows_by_rank(trajectory: Trajectory, rank: np.ndarray, tail: bool = False) -> Rows:
+def rows_by_rank(trajectory: Trajectory, rank: np.ndarray, tail: bool = False, steps: np.ndarray | None = None) -> Rows:
     """Row r masks the tokens of rank >= r and scores those of rank r that count; rows that would score nothing are left out.
-    tail: what the sampler drew behind `valid_len` is scored too."""
-    steps, counted = trajectory.step_map(), trajectory.loss_mask()
-    if tail:
-        counted = (steps > 0) & ~trajectory.preset()
+    tail: what the sampler drew behind `valid_len` is scored too. steps: the trajectory's step map, if the caller has it."""
+    steps = trajectory.step_map() if steps is None else steps
+    counted = (steps > 0) & ~trajectory.preset()
+    if not tail:
+        counted[trajectory.valid_len :] = False
     drawn = np.flatnonzero(steps)
     first = np.full(rank.max(initial=0) + 1, np.iinfo(np.int32).max, np.int32)
     np.minimum.at(first, rank[drawn], steps[drawn] - 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlpipe.errors import RlpipeError
-from rlpipe.objectives.losses import Clip, clip_is_active, kl_penalty, ratio_of
+from rlpipe.objectives.losses import Clip, clip_is_active, importance_weight, kl_penalty, ratio_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,17 @@ def ratio_sums(
 
 
 @torch.no_grad()
-def importance_sums(weight: torch.Tensor, behaviour_logp: torch.Tensor, cap: float) -> dict[str, torch.Tensor]:
-    """Sums over the units [U] that another distribution drew (behaviour_logp not NaN)."""
-    off = ~behaviour_logp.isnan()
+def importance_sums(log_ratio: torch.Tensor, cap: float) -> dict[str, torch.Tensor]:
+    """Sums over the units [U] that another distribution drew (log_ratio not NaN), of which there is at least one; the largest
+    ratio is that before truncation."""
+    log_ratio = log_ratio[~log_ratio.isnan()]
+    weight = importance_weight(log_ratio, cap).float()
     return {
-        "off_policy_units": off.float().sum(),
-        "importance": weight[off].float().sum(),
-        "truncated": (weight[off] >= cap).float().sum(),
+        "off_policy_units": torch.full_like(weight, 1.0).sum(),
+        "importance": weight.sum(),
+        "truncated": (weight >= cap).float().sum(),
+        "max_importance": importance_weight(log_ratio, math.inf).float().max(),
+        "max_negated_importance": -weight.min(),  # sums keep the largest, and this is how they keep the smallest
     }
 
 
@@ -78,7 +82,12 @@ def finalize(sums: Mapping[str, Any], updates: int = 1) -> dict[str, float]:
     metrics["algo/clip_fraction"] = metrics["algo/clip_fraction_low"] + metrics["algo/clip_fraction_high"]
     if "off_policy_units" in values:
         metrics["algo/importance_mean"] = values["importance"] / max(values["off_policy_units"], 1.0)
+        metrics["algo/importance_min"] = -values["max_negated_importance"]
+        metrics["algo/importance_max"] = values["max_importance"]
         metrics["algo/importance_truncated"] = values["truncated"] / max(values["off_policy_units"], 1.0)
+    if "stale_tokens" in values:
+        metrics["algo/stale_share"] = values["stale_tokens"] / tokens
+        metrics["algo/uncorrected_share"] = values["uncorrected_tokens"] / tokens
     if "ref_kl" in values:
         metrics["algo/ref_kl"] = values["ref_kl"] / units
     if "entropy" in values:

@@ -64,7 +64,10 @@ def join(rows: Rows, kind: str, blocks: np.ndarray, num_tokens: int | None = Non
     else:
         near = get_close_matches(kind, UNITS, 1, 0.0)[0]
         raise ConfigError(f"algo.ratio={kind}: known are {', '.join(UNITS)}; did you mean {near}?")
-    _, first, entry = np.unique(key, return_index=True, return_inverse=True)
+    if kind == "token":
+        first = entry = key
+    else:
+        _, first, entry = np.unique(key, return_index=True, return_inverse=True)
     spans_rows = kind in ("position", "sequence")
     if rows.credit is not None and spans_rows:
         raise ValueError(f"rows with an advantage each cannot join into units of kind {kind}")
