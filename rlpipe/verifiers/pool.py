@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rlpipe.actor_pool import ActorPool, Call, Failure
 from rlpipe.cluster import Placement
@@ -23,7 +23,14 @@ class VerifierPool:
     since the start, given and different ones.
     """
 
-    def __init__(self, cfg: VerifierConfig, default_name: str, placement: Placement, start_timeout_s: float = 300.0):
+    def __init__(
+        self,
+        cfg: VerifierConfig,
+        default_name: str,
+        placement: Placement,
+        start_timeout_s: float = 300.0,
+        spans: Callable | None = None,
+    ):
         import ray
 
         self.cfg, self.scorer = cfg, Scorer(cfg, default_name)
@@ -35,7 +42,10 @@ class VerifierPool:
             cfg.workers,
             name="verifier",
             retries=cfg.retries,
+            minimum=1,
+            has_place=lambda index: placement.ready("verifier", index),
             start_timeout_s=start_timeout_s,
+            spans=spans,
         )
 
     def score_groups(self, groups: Sequence[Items]) -> list[GroupScore | VerifierFailed]:
@@ -52,6 +62,28 @@ class VerifierPool:
             score if isinstance(score, VerifierFailed) else [dict(score[place]) for place in own]
             for score, own in zip(scores, places, strict=True)
         ]
+
+    def submit(self, group: Items, take: Callable[[GroupScore | VerifierFailed], None]) -> tuple[int, int]:
+        """Set off the judging of one group; take(verdicts in order, or the failure of the whole group) is called once, on a
+        thread of the pool's. Returns how many texts were asked about, and how many different ones are judged."""
+        places, different = _different(group)
+        self.asked += len(group)
+        self.judged += len(different)
+        size = self.cfg.batch_size
+        pieces = [different[at : at + size] for at in range(0, len(different), size)]
+        whole = _Whole(
+            len(pieces),
+            lambda score: take(score if isinstance(score, VerifierFailed) else [dict(score[place]) for place in places]),
+        )
+        for number, piece in enumerate(pieces):
+            call = Call("score", (piece,), label=f"scoring {group[0][0].uid} …")
+            self.pool.submit(
+                call,
+                lambda result, more, number=number: whole.take(number, group, result),
+                timeout_s=self._deadline([[piece]]),
+                what=f"verifier {self.name}",
+            )
+        return len(group), len(different)
 
     def score_states(self, prompt: Prompt, texts: Sequence[str]) -> list[dict[str, float]]:
         """A dict for each text: what the full predictions of one response, or of several, are worth. Raises VerifierFailed."""
@@ -93,11 +125,38 @@ class VerifierPool:
     def _deadline(self, batches: list[list[Items]]) -> float:
         """Seconds: verifiers that end their own work, as that of programs, are given the time for it; else a batch of programs
         that never end would look like a dead verifier."""
-        own = [sum(self.scorer.longest(prompt) for group in batch for prompt, _ in group) for batch in batches]
+        own = [self.scorer.longest_of([prompt for group in batch for prompt, _ in group]) for batch in batches]
         return max([self.cfg.timeout_s, *own])
 
     def close(self) -> None:
         self.pool.close()
+
+
+class _Whole:
+    """The pieces of a group that is judged by several calls. Called on the pool's thread alone."""
+
+    def __init__(self, count: int, take: Callable[[GroupScore | VerifierFailed], None]):
+        self.scores: list = [None] * count
+        self.left, self.give = count, take
+
+    def take(self, number: int, group: Items, result: GroupScore | Failure) -> None:
+        if self.left < 0:
+            return
+        if isinstance(result, Failure):
+            self.left = -1
+            self.give(_failure(group, result))
+            return
+        self.scores[number] = result
+        self.left -= 1
+        if not self.left:
+            self.left = -1
+            self.give([verdict for piece in self.scores for verdict in piece])
+
+
+def _failure(group: Items, result: Failure) -> VerifierFailed:
+    failure = VerifierFailed(f"group {group[0][0].uid}: {result}")
+    failure.__cause__ = result.cause
+    return failure
 
 
 def _different(group: Items) -> tuple[list[int], list[tuple[Prompt, str]]]:
@@ -128,10 +187,7 @@ def _batches(groups: Sequence[Items], size: int) -> list[list[int]]:
 
 def _assign(scores: list, groups: Sequence[Items], batch: list[int], result) -> None:
     if isinstance(result, Failure):
-        uid = groups[batch[0]][0][0].uid
-        failure = VerifierFailed(f"group {uid}: {result}")
-        failure.__cause__ = result.cause
-        scores[batch[0]] = failure
+        scores[batch[0]] = _failure(groups[batch[0]], result)
         return
     start = 0
     for index in batch:

@@ -18,7 +18,7 @@ from rlpipe.errors import ConfigError, VerifierFailed
 from rlpipe.trajectory import Prompt
 
 Verifier = Callable[[Prompt, str], float | dict[str, float]]
-BUILT_IN = ("sudoku", "countdown", "reasoning_gym", "math", "exact", "format", "length", "code")
+BUILT_IN = ("sudoku", "countdown", "reasoning_gym", "math", "exact", "format", "length", "code", "llm_judge", "reward_model")
 
 
 def load_verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
@@ -72,7 +72,9 @@ def hook(verifier: Verifier, name: str) -> Callable[..., Any] | None:
     """What a built-in verifier, or the module it is in, offers besides, or None.
 
     `prepare()` starts what takes long, `release()` ends it, `check(prompt)` raises DataError for an answer that it cannot read,
-    `longest(prompt, **options)` is how many seconds a verdict can take before the verifier itself ends it.
+    `longest(prompt, **options)` is how many seconds a verdict can take before the verifier itself ends it. `judge_many(items)`
+    gives the verdicts of many (prompt, response) at once, or the VerifierFailed of those that have none; `longest` then holds
+    for all of them together.
     """
     function = verifier.func if isinstance(verifier, partial) else verifier
     module = getattr(function, "__module__", "")
@@ -86,7 +88,11 @@ def score(verifier: Verifier, prompt: Prompt, response: str) -> dict[str, float]
 
     What the verifier itself raises passes through: no failure becomes a number here.
     """
-    verdict = verifier(prompt, response)
+    return checked(verifier, prompt, verifier(prompt, response))
+
+
+def checked(verifier: Verifier, prompt: Prompt, verdict: float | dict[str, float]) -> dict[str, float]:
+    """What a verifier returned, as a dict. Raises VerifierFailed if it is not made of finite numbers, `reward` among them."""
     parts = verdict if isinstance(verdict, dict) else {"reward": verdict}
     if "reward" not in parts:
         raise VerifierFailed(f"verifier {_name(verifier)} returned {parts!r} for {prompt.uid}: no 'reward' in it")

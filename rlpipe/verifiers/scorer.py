@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from rlpipe.config import VerifierConfig
-from rlpipe.errors import ConfigError, RlpipeError
+from rlpipe.errors import ConfigError, RlpipeError, VerifierFailed
 from rlpipe.trajectory import Prompt
-from rlpipe.verifiers.registry import BUILT_IN, Verifier, correctness, hook, load_verifier, options_of, score
+from rlpipe.verifiers.registry import BUILT_IN, Verifier, checked, correctness, hook, load_verifier, options_of, score
 
 TASK = "task"  # the part that is the prompt's own verifier
 SHARED = ("sandbox",)  # keys of the section that are options of verifiers, too
@@ -76,26 +76,77 @@ class Scorer:
         for a prompt that cannot be judged: judging it says why."""
         seconds = 0.0
         try:
-            for verifier in map(self.verifier, self.names(prompt)):
-                limit = hook(verifier, "longest")
-                seconds += limit(prompt, **getattr(verifier, "keywords", {})) if limit is not None else 0.0
+            for name in self.names(prompt):
+                seconds += self._limit(name, prompt)
         except RlpipeError:
             return 0.0
         return seconds
 
+    def _limit(self, name: str, prompt: Prompt) -> float:
+        verifier = self.verifier(name)
+        limit = hook(verifier, "longest")
+        return limit(prompt, **getattr(verifier, "keywords", {})) if limit is not None else 0.0
+
+    def longest_of(self, prompts: Sequence[Prompt]) -> float:
+        """Seconds that the verdicts of one call can take before their verifiers end them, as `longest`: those of verifiers that
+        judge many at once count once, not for each response."""
+        each, together = 0.0, 0.0
+        for prompt in prompts:
+            try:
+                many = sum(self._limit(name, prompt) for name in set(self.names(prompt)) if self._judges_many(name))
+            except RlpipeError:
+                many = 0.0
+            each += self.longest(prompt) - many
+            together = max(together, many)
+        return each + together
+
     def score(self, prompt: Prompt, response: str) -> dict[str, float]:
         """The verdict: finite floats, `reward` among them. Raises what a verifier raises: no failure becomes a number."""
-        names = self.names(prompt)
-        if not self.cfg.parts:
-            return score(self.verifier(names[0]), prompt, response)
-        total, verdict = 0.0, {}
-        for (part, weight), name in zip(self.cfg.parts.items(), names, strict=True):
-            found, label = score(self.verifier(name), prompt, response), self.labels[part]
+        (verdict,) = self.score_many([(prompt, response)])
+        return verdict
+
+    def score_many(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
+        """The verdict of each, in order; verifiers that can judge many at once are given all of theirs together, others one
+        after another. Raises as `score`, for the first of them that has no verdict."""
+        names = [self.names(prompt) for prompt, _ in items]
+        known: dict[tuple[str, int], dict[str, float]] = {}
+        for name in dict.fromkeys(name for own in names for name in own):
+            if self._judges_many(name):
+                places = [place for place, own in enumerate(names) if name in own]
+                known |= zip(
+                    [(name, place) for place in places], self._judge_many(name, [items[i] for i in places]), strict=True
+                )
+
+        def verdict(name: str, place: int) -> dict[str, float]:
+            ready = known.get((name, place))
+            return score(self.verifier(name), *items[place]) if ready is None else ready
+
+        return [
+            self._combined([verdict(name, place) for name in own]) if self.cfg.parts else verdict(own[0], place)
+            for place, own in enumerate(names)
+        ]
+
+    def _judges_many(self, name: str) -> bool:
+        return hook(self.verifier(name), "judge_many") is not None
+
+    def _judge_many(self, name: str, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
+        verifier, verdicts = self.verifier(name), []
+        for (prompt, _), found in zip(items, hook(self.verifier(name), "judge_many")(items), strict=True):
+            if isinstance(found, VerifierFailed):
+                raise found
+            verdicts.append(checked(verifier, prompt, found))
+        return verdicts
+
+    def _combined(self, verdicts: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Of all parts, in their order."""
+        total, combined = 0.0, {}
+        for (part, weight), found in zip(self.cfg.parts.items(), verdicts, strict=True):
+            label = self.labels[part]
             total += weight * found["reward"]
-            verdict.setdefault("correct", correctness(found))
-            verdict[label] = found["reward"]
-            verdict |= {f"{label}_{key}": value for key, value in found.items() if key != "reward"}
-        return {"reward": total} | verdict
+            combined.setdefault("correct", correctness(found))
+            combined[label] = found["reward"]
+            combined |= {f"{label}_{key}": value for key, value in found.items() if key != "reward"}
+        return {"reward": total} | combined
 
     def _check_options(self, names: list[str]) -> None:
         """Options under a verifier's name are checked when it is loaded; any other must be known to one that is needed."""

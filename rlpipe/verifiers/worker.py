@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from rlpipe.config import VerifierConfig
 from rlpipe.trajectory import Prompt
+from rlpipe.usage import usage
 from rlpipe.verifiers.scorer import Scorer
 
 
@@ -20,6 +22,9 @@ class VerifierWorker:
     def pid(self) -> int:
         return os.getpid()
 
+    def usage(self) -> dict[str, Any]:
+        return usage()
+
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[dict[str, float]]:
         """Raises what a verifier raises; nothing here turns a failure into a number."""
-        return [self.scorer.score(prompt, response) for prompt, response in items]
+        return self.scorer.score_many(items)
