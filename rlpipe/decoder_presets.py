@@ -34,13 +34,14 @@ def _preset(attention: str, source: str, differs: str = "", **settings: Any) -> 
 
 LLADA, DREAM, SDAR = "LLaDA generate.py", "Dream generation_utils.py", "SDAR generate.py"
 FAST, EOSER, MDPO = "Fast-dLLM (arXiv 2505.22618)", "EOSER-ASS-RL (arXiv 2509.23924)", "MDPO (arXiv 2508.13148)"
-REMDM, DKV = "ReMDM (arXiv 2503.00307)", "dKV-Cache"
+REMDM, DKV, FREECACHE = "ReMDM (arXiv 2503.00307)", "dKV-Cache", "FreeCache (arXiv 2505.21467)"
 OWN_MASKS = "own mask count instead of the batch's mean; steps that would commit nothing are passed over"
 
 _even = {"score": "sampled_prob", "schedule": "even", "stop": "length"}
 _dream = {"schedule": "dream", "steps": 512, "confidence": "sampler", "stop": "length"}
 _sdar = {"score": "sampled_prob", "confidence": "sampler"}
 _fast = {"score": "sampled_prob", "block_size": 32, "select": "threshold", "threshold": 0.9}
+_guided = {"score": "left_to_right", "select": "guided", "stop": "eotp"}
 _remdm = {"score": "sampled_prob", "schedule": "dream", "steps": 128, "edit": "remdm", "stop": "length"}
 
 PRESETS: dict[str, Preset] = {
@@ -112,6 +113,14 @@ PRESETS: dict[str, Preset] = {
     ),
     "vicinity": _preset("full", "dInfer", "", cache="vicinity", **_fast),
     "left_to_right": _preset("any", "JustGRPO", score="left_to_right"),
+    "freecache_guided": _preset(
+        "any", FREECACHE, "exact caches; drafts are drawn at the temperature; a guide of no use is asked ever more rarely",
+        **_guided,
+    ),
+    "freecache_speculative": _preset(
+        "any", FREECACHE, "the repository's variant in which the guide corrects the draft, with exact caches; not for training",
+        **_guided | {"options": {"correct": True, "patience": 16}},
+    ),
 }  # fmt: skip
 
 

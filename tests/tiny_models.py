@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import guides
 import numpy as np
 
 from rlpipe.config import DecoderConfig, ModelConfig
@@ -36,8 +37,9 @@ def prompts(tokenizer, count: int, ragged: bool = True) -> list[np.ndarray]:
     return [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
 
 
-def sample(model, tokens, seeds=None, version: int = 0, slots: int = 0, budgets=None, **decoder):
-    """Trajectories for the given prompts. budgets: max_tokens of each."""
+def sample(model, tokens, seeds=None, version: int = 0, slots: int = 0, budgets=None, guide=None, **decoder):
+    """Trajectories for the given prompts. budgets: max_tokens of each · guide: of guided decoders, else one that now and then
+    says what the draft says."""
     settings = Decoder.resolve(DecoderConfig(**decoder), model.spec)
     seeds = list(range(len(tokens))) if seeds is None else seeds
     budgets = [0] * len(tokens) if budgets is None else budgets
@@ -45,4 +47,5 @@ def sample(model, tokens, seeds=None, version: int = 0, slots: int = 0, budgets=
         Request(prompt_ids=ids, uid=f"p{seed}", sample=0, seed=seed, max_tokens=budget)
         for ids, seed, budget in zip(tokens, seeds, budgets, strict=True)
     ]
-    return Engine(model).sample(requests, decoder=settings, version=version, slots=slots)
+    guide = guide or guides.Guide(lambda before: 3 + sum(before) % (model.lm.config.vocab_size - 3))
+    return Engine(model, guide).sample(requests, decoder=settings, version=version, slots=slots)

@@ -25,10 +25,11 @@ class Canvas:
     request: which one it serves · prompt: equal for equal prompts · ids int64[n, W] · prompt_len, limit (end of what counts),
     end (of the canvas) · block_start, block_end, previous_start: the active block and the one before · clean: positions below
     are final and, with a block cache, stored · step: denoising steps so far · block_step: those of the active block · time: its
-    place in the schedule · opened: masks when it was opened · accepted: commits of the last step · seed, temperature, top_p,
-    top_k, stop_ids [n, K], bias_row: of the request · bool paused, waiting: takes no step now (before a weight update; for a
-    prompt that another slot is prefilling) · stale: begun under weights whose keys and values are still used · refresh: all of
-    them are computed again in the next step.
+    place in the schedule · opened: masks when it was opened · accepted: commits of the last step · doubt, rest: steps in
+    a row that a guide was of no use, and steps that it is left alone now · seed, temperature, top_p, top_k, stop_ids [n, K],
+    bias_row: of the request · bool paused, waiting: takes no step now (before a weight update; for a prompt that another slot
+    is prefilling) · stale: begun under weights whose keys and values are still used · refresh: all of them are computed again
+    in the next step.
     trace: [n, W] buffers of what happened at commit; step is 1-based, 0 means never; preset: put there by rule.
     A finished slot takes the next waiting request in place: nobody waits for anybody.
     """
@@ -36,7 +37,10 @@ class Canvas:
     PER_REQUEST = (
         "ids", "prompt", "prompt_len", "limit", "end", "seed", "temperature", "top_p", "top_k", "stop_ids", "bias_row",
     )  # fmt: skip
-    COUNTERS = ("step", "block_step", "time", "clean", "accepted", "block_start", "block_end", "previous_start", "opened")
+    COUNTERS = (
+        "step", "block_step", "time", "clean", "accepted", "block_start", "block_end", "previous_start", "opened", "doubt",
+        "rest",
+    )  # fmt: skip
     FLAGS = ("paused", "waiting", "stale", "refresh")
 
     def __init__(self, requests: Sequence[Request], slots: int, decoder: Decoder, spec: DiffusionSpec, device: torch.device):

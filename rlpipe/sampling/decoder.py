@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from rlpipe.errors import ConfigError
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.sampling.caching import CACHES, CachePolicy
 from rlpipe.sampling.editing import EDITORS, Ancestral, Editor
+from rlpipe.sampling.guidance import Guidance
 from rlpipe.sampling.memory import Credit
 from rlpipe.sampling.schedule import Schedule, TimeGrid, schedule_kind
 from rlpipe.sampling.scoring import SCORERS, StepView
 from rlpipe.sampling.selection import SELECTORS, Bernoulli, Selector
 
 FUSIONS = {"credit": Credit}
+GUIDED = "guided"
+SELECTS = (*SELECTORS, GUIDED)
 STOPS = ("auto", "block", "prefix", "eotp", "length")
 
 
@@ -26,13 +29,15 @@ STOPS = ("auto", "block", "prefix", "eotp", "length")
 class Decoder:
     """The pieces of a sampler; `DecoderConfig` documents them. block_size: of commits; for full attention 0 means the whole
     canvas. stop: 'block' (a finished block holds EOS), 'prefix' (EOS and everything before it is committed), 'eotp' (the same,
-    and everything behind a committed EOS is filled with it at once), 'length' (EOS ends nothing; the text is cut there)."""
+    and everything behind a committed EOS is filled with it at once), 'length' (EOS ends nothing; the text is cut there).
+    guidance: of a guided decoder, whose selector is then the plain one."""
 
     preset: str
     max_tokens: int
     block_size: int
     schedule: Schedule
     selector: Selector
+    guidance: Guidance | None
     score: str
     confidence: str
     order_temperature: float
@@ -90,6 +95,10 @@ class Decoder:
             raise ConfigError("decoder.select=bernoulli and decoder.edit=remdm need the time grid of decoder.schedule=dream")
         if isinstance(self.cache, CACHES["dkv_greedy"]) and self.score != "random":
             raise ConfigError("decoder.cache=dkv_greedy needs an order that is known beforehand: decoder.score=random")
+        if isinstance(self.cache, CACHES["dkv_greedy"]) and self.guidance is not None:
+            raise ConfigError(
+                "decoder.select=guided drafts the whole window, and decoder.cache=dkv_greedy forwards a part of it"
+            )
         if self.eos_gamma < 1 and not isinstance(self.selector, SELECTORS["static"]):
             raise ConfigError("decoder.eos_gamma needs a selector with a fixed number of steps: decoder.select=static")
 
@@ -97,7 +106,7 @@ class Decoder:
     def state_only(self) -> bool:
         """Positions depend on the state and not on the draws, so the product of token probabilities is the transition's (with
         order_temperature: up to the probability of the order)."""
-        return SCORERS[self.score].state_only and self.eos_gamma >= 1
+        return SCORERS[self.score].state_only and self.eos_gamma >= 1 and self.guidance is None
 
     @property
     def monotone(self) -> bool:
@@ -106,8 +115,14 @@ class Decoder:
 
     @property
     def replayable(self) -> bool:
-        """A forward of the recorded state gives the recorded log-probability: no stale keys, no history, no cut support."""
-        return self.cache.exact and self.fuse is None and self.top_p >= 1 and self.top_k == 0
+        """A forward of the recorded state gives the recorded log-probability: no stale keys, no history, no cut support, and no
+        tokens that a guide wrote."""
+        return self.cache.exact and self.fuse is None and self.top_p >= 1 and self.top_k == 0 and not self.written_by_guide
+
+    @property
+    def written_by_guide(self) -> bool:
+        """Some tokens are the guide's and no draws of the policy; they are recorded as preset."""
+        return self.guidance is not None and self.guidance.correct
 
     @property
     def ordered_by_noise(self) -> bool:
@@ -133,18 +148,25 @@ class Decoder:
 
     def settings(self) -> dict[str, Any]:
         """What a trajectory records: JSON-able."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "guidance" or self.guidance is not None}
         named = {k: {"kind": type(v).__name__} | asdict(v) if is_dataclass(v) else v for k, v in plain.items()}
         return named | {"state_only": self.state_only, "replayable": self.replayable}
 
 
 def make_pieces(config: DecoderConfig, block: bool) -> dict[str, Any]:
-    """schedule, selector, editor, fuse and cache of a recipe with their numbers. `options` go to whichever piece has a number
-    of that name. Raises ConfigError for unknown names and numbers, with the nearest one."""
+    """schedule, selector, guidance, editor, fuse and cache of a recipe with their numbers. `options` go to whichever piece has
+    a number of that name. Raises ConfigError for unknown names and numbers, with the nearest one."""
     schedule, fixed = schedule_kind(config.schedule)
+    guided = _named("select", config.select, SELECTS) == GUIDED
+    if guided and config.edit != "none":
+        raise ConfigError(
+            f"decoder.select=guided and decoder.edit={config.edit}: an editor brings its own selector; choose one"
+        )
+    select = ("options.base", config.options.get("base", Guidance.base)) if guided else ("select", config.select)
     kinds = {
         "schedule": schedule,
-        "selector": _named("select", config.select, SELECTORS),
+        "selector": _named(*select, SELECTORS),
+        "guidance": Guidance if guided else None,
         "editor": _named("edit", config.edit, EDITORS) if config.edit != "none" else None,
         "fuse": _named("fuse", config.fuse, FUSIONS) if config.fuse != "none" else None,
         "cache": _named("cache", config.cache if config.cache != "auto" else ("block" if block else "none"), CACHES),
@@ -170,6 +192,15 @@ def make_pieces(config: DecoderConfig, block: bool) -> dict[str, Any]:
     if pieces["editor"] is not None:
         pieces["selector"] = pieces["editor"].selector()
     return pieces
+
+
+def without_guide(config: DecoderConfig) -> DecoderConfig:
+    """The plain decoder that a guided one falls back on; any other as it is."""
+    if config.select != GUIDED:
+        return config
+    own = {f.name for f in fields(Guidance)}
+    options = {name: value for name, value in config.options.items() if name not in own}
+    return replace(config, select=config.options.get("base", Guidance.base), options=options)
 
 
 def _named(key: str, name: str, known):

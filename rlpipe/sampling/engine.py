@@ -15,22 +15,30 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from rlpipe.errors import ConfigError
 from rlpipe.models.attention import SlotCache
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.decoder import Decoder
+from rlpipe.sampling.guidance import Guide, Guided
 from rlpipe.sampling.predictions import PredictionLog, check_predictions
 from rlpipe.sampling.record import EditLog, record
 from rlpipe.sampling.request import Request
 from rlpipe.sampling.step import StepSampler
 from rlpipe.trajectory import Trajectories, Trajectory
 
+NO_GUIDE = (
+    "decoder.select=guided needs an autoregressive guide with the model's tokenizer: set guide.url=http://HOST:8000/v1 of a "
+    "server that is there, or guide.model=FOLDER to start one"
+)
+
 
 @dataclass(slots=True)
 class EngineCounters:
     """Work done by the engine. seconds: wall clock; tokens: committed and valid; head_rows: rows of the LM head; prefill_rows:
     those of the rows that only fill the cache; slot_steps: slots that denoised, summed over the steps; slots: that could have,
-    summed likewise; host_syncs: values that the host waited for."""
+    summed likewise; host_syncs: values that the host waited for; guide_calls, guide_tokens: calls of a guide and the tokens
+    that it read; guide_agreed, guide_written: tokens committed because it agreed, and its own."""
 
     seconds: float = 0.0
     forwards: int = 0
@@ -43,6 +51,10 @@ class EngineCounters:
     slot_steps: int = 0
     slots: int = 0
     host_syncs: int = 0
+    guide_calls: int = 0
+    guide_tokens: int = 0
+    guide_agreed: int = 0
+    guide_written: int = 0
 
     def __add__(self, other: EngineCounters) -> EngineCounters:
         """Work of both, the larger cache."""
@@ -61,10 +73,12 @@ class EngineCounters:
 
 
 class Engine:
-    """Samples responses with one model. Not thread-safe."""
+    """Samples responses with one model. guide: for decoders with `select: guided`; guide_timeout_s: of one call of it, which
+    serves all slots of a step. Not thread-safe."""
 
-    def __init__(self, model: DiffusionLM):
+    def __init__(self, model: DiffusionLM, guide: Guide | None = None, guide_timeout_s: float = 120.0):
         self.model = model
+        self.guide, self.guide_timeout_s = guide, guide_timeout_s
         self.spec = model.spec
         self.spare: SlotCache | None = None  # of the last session, so that the next need not allocate
 
@@ -73,7 +87,9 @@ class Engine:
     ) -> Session:
         """Requests to be stepped through by the caller; see `Session`. predictions: every so many denoising steps (and at the
         first and the last) the full prediction is recorded, 0: never; what is sampled stays the same. Raises ConfigError
-        for predictions of a model or decoder that does not make them."""
+        for predictions of a model or decoder that does not make them, and for a guided decoder without a guide."""
+        if decoder.guidance is not None and self.guide is None:
+            raise ConfigError(NO_GUIDE)
         if predictions:
             check_predictions(decoder, self.spec)
         return Session(self, requests, decoder, version, slots or len(requests), predictions)
@@ -141,8 +157,12 @@ class Session:
         self.counters.cache_bytes = self.cache.nbytes
         self.log = None if decoder.monotone else EditLog()
         self.predictions = PredictionLog(predictions) if predictions else None
-        logs = (self.log, self.predictions)
-        self.sampler = StepSampler(model, requests, decoder, self.canvas, self.cache, self.counters, *logs)
+        guided = None
+        if decoder.guidance is not None:
+            asking = (decoder.guidance, engine.guide, engine.guide_timeout_s)
+            guided = Guided(*asking, self.canvas, self.counters)
+        extras = (self.log, self.predictions, guided)
+        self.sampler = StepSampler(model, requests, decoder, self.canvas, self.cache, self.counters, *extras)
         self.sharing = bool(model.spec.block_size) and self.canvas.wait_for_prompts()
         self._update: tuple[Callable[[], int], bool] | None = None
 
@@ -210,6 +230,7 @@ class Session:
         canvas.paused = canvas.opening | at_once
         if not bool(canvas.paused.all()):
             return
+        self._update = None  # before the load: a newer update may come while it lasts
         canvas.version = load()
         if recompute:
             canvas.clean = torch.zeros_like(canvas.clean)
@@ -217,7 +238,6 @@ class Session:
         else:
             canvas.stale = canvas.step > 0
         canvas.paused = torch.zeros_like(canvas.paused)
-        self._update = None
 
 
 def _cache_shape(model: DiffusionLM, decoder: Decoder) -> dict[str, int]:

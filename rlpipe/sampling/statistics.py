@@ -64,6 +64,24 @@ def row_statistics(
     return RowStatistics(token, logp, logp_t1, view.gather(1, at_token).squeeze(1).exp(), p_max, p_second, entropy)
 
 
+def token_statistics(
+    logits: torch.Tensor, raw: torch.Tensor, token: torch.Tensor, temperature: torch.Tensor, confidence: str
+) -> RowStatistics:
+    """Statistics of tokens int64 [M] that somebody else chose; logits (biased) and raw float32 [M, V], temperature float32 [M].
+
+    logp is that of the sampling distribution without top_k and top_p, at temperature 1 where rows are greedy: it says what the
+    model thinks of a token that it did not draw. -inf for ids outside the vocabulary. p_max, p_second and entropy are NaN.
+    """
+    known = (token >= 0) & (token < logits.shape[1])
+    at_token = torch.where(known, token, 0).unsqueeze(1)
+    scale = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
+    pick = lambda law: torch.where(known, torch.log_softmax(law, -1).gather(1, at_token).squeeze(1), float("-inf"))  # noqa: E731
+    logp, logp_t1 = pick(logits / scale), pick(raw)
+    nothing = torch.full((), float("nan"), device=logits.device).expand(len(logits))
+    p_token = (logp if confidence == "sampler" else pick(logits)).exp()
+    return RowStatistics(token, logp, logp_t1, p_token, nothing, nothing, nothing)
+
+
 def _greedy(logits: torch.Tensor, needs: frozenset[str]) -> RowStatistics:
     """What greedy decoding looks at, without a [M, V] tensor of its own: the most likely token is the drawn one."""
     total = logits.logsumexp(-1)

@@ -13,13 +13,14 @@ from rlpipe.sampling.caching import StepRows
 from rlpipe.sampling.canvas import Canvas
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.editing import EditView
+from rlpipe.sampling.guidance import Choice, Guided, agreement, settle
 from rlpipe.sampling.memory import BlockMemory, Stability
 from rlpipe.sampling.noise import EDIT, ORDER, POSITION_SCORE, TOKEN, uniform
 from rlpipe.sampling.predictions import PredictionLog
 from rlpipe.sampling.record import EditLog
 from rlpipe.sampling.request import Request
 from rlpipe.sampling.scoring import SCORERS, StepView, shuffled
-from rlpipe.sampling.statistics import RowStatistics, row_statistics
+from rlpipe.sampling.statistics import RowStatistics, row_statistics, token_statistics
 from rlpipe.sampling.table import bias_matrix
 
 HEAD_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a [rows, vocabulary] float32 tensor: on a CPU it should stay in the cache
@@ -38,9 +39,10 @@ class StepSampler:
         counters,
         log: EditLog | None,
         predictions: PredictionLog | None = None,
+        guided: Guided | None = None,
     ):
         self.model, self.spec, self.decoder, self.predictions = model, model.spec, decoder, predictions
-        self.canvas, self.cache, self.counters, self.log = canvas, cache, counters, log
+        self.canvas, self.cache, self.counters, self.log, self.guided = canvas, cache, counters, log, guided
         bias = bias_matrix(requests, model.lm.config.vocab_size)
         executor = Executor.of(model.lm)
         self.hidden = self._stock_hidden if executor is None else executor.hidden
@@ -73,8 +75,12 @@ class StepSampler:
         if decoder.selector.skips_idle_steps:
             schedule_time = decoder.schedule.useful(masked.sum(1), canvas.time)
         chosen, forced, score = self._choose(laid_out, position, masked, order, schedule_time)
-        trace = {"logp": laid_out.logp, "logp_t1": laid_out.logp_t1, "confidence": laid_out.p_token}
-        trace |= {"forced": forced, "score": score}
+        trace = {"score": score}
+        if self.guided is not None:
+            choice, laid_out = self._guide((chosen, forced), position, masked, laid_out, hidden, row_of, rows.ready)
+            chosen, forced = choice.chosen, choice.forced
+            trace["preset"] = choice.written  # shown to a learner and never scored: no draw of the policy
+        trace |= {"logp": laid_out.logp, "logp_t1": laid_out.logp_t1, "confidence": laid_out.p_token, "forced": forced}
         accepted_before = canvas.accepted
         canvas.count_step(rows.ready, rows.clean, schedule_time, chosen.sum(1))
         canvas.commit(position, chosen, laid_out.token, trace)
@@ -170,10 +176,8 @@ class StepSampler:
 
     def _part(self, hidden, slot, column, noise, shape, only_draw) -> RowStatistics:
         canvas, decoder = self.canvas, self.decoder
-        raw = logits = self.model.logits(hidden)
-        if self.bias is not None:
-            row = canvas.bias_row[slot]
-            logits = torch.where((row >= 0).unsqueeze(1), logits + self.bias[row.clamp_min(0)], logits)
+        raw = self.model.logits(hidden)
+        logits = self._biased(raw, slot)
         if self.credit is not None and not only_draw:
             logits = decoder.fuse.fuse(self.credit, logits, slot, column, shape)
         if self.stability is not None and not only_draw:
@@ -190,6 +194,13 @@ class StepSampler:
             needs=frozenset() if only_draw else decoder.needs,
             confidence=decoder.confidence,
         )
+
+    def _biased(self, logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """logits [M, V] of rows of the slots int64 [M], with the biases of their requests; the same if there are none."""
+        if self.bias is None:
+            return logits
+        row = self.canvas.bias_row[slot]
+        return torch.where((row >= 0).unsqueeze(1), logits + self.bias[row.clamp_min(0)], logits)
 
     # --- choice ------------------------------------------------------------------------------------------------------------
 
@@ -219,6 +230,36 @@ class StepSampler:
         )
         chosen, forced = decoder.choose(view)
         return chosen, forced, score
+
+    def _guide(self, base, position, masked, laid_out: RowStatistics, hidden, row_of, ready) -> tuple[Choice, RowStatistics]:
+        """What is committed once the guide has read the draft, and its statistics; base: (commit, forced) of the plain
+        selector."""
+        guided, counters = self.guided, self.counters
+        advice = guided.ask(position, masked, laid_out.token)
+        agreed, refused = agreement(masked, laid_out.token, advice.answer)
+        written = torch.zeros_like(agreed)
+        if guided.guidance.correct:
+            slot, column = (refused & (advice.answer >= 0)).nonzero(as_tuple=True)
+            row = row_of[slot, position[slot, column] - self.spec.logit_shift]
+            own = self._of_tokens(hidden[row], slot, advice.answer[slot, column])
+            written[slot, column] = own.logp > float("-inf")  # not MASK, not forbidden by the request, an id that the model has
+        choice = settle(base, agreed, written)
+        if guided.guidance.correct:
+            own = RowStatistics(*(_lay_out(values, slot, column, masked.shape) for values in own))
+            pairs = zip(own, laid_out, strict=True)
+            laid_out = RowStatistics(*(torch.where(choice.written, mine, drawn) for mine, drawn in pairs))
+        guided.remember(advice.asked, choice.useful, ready)
+        counters.guide_agreed += int((choice.chosen & agreed).sum())
+        counters.guide_written += int(choice.written.sum())
+        counters.host_syncs += 2
+        return choice, laid_out
+
+    def _of_tokens(self, hidden: torch.Tensor, slot: torch.Tensor, token: torch.Tensor) -> RowStatistics:
+        """Statistics of tokens int64 [M] that others chose, one a row; -inf for ids that request or model cannot have."""
+        raw = self.model.logits(hidden)
+        temperature = self.canvas.temperature[slot]
+        self.counters.head_rows += len(slot)
+        return token_statistics(self._biased(raw, slot), raw, token, temperature, self.decoder.confidence)
 
     def _edit(self, position, inside, chosen, shadow, schedule_time, accepted_before) -> None:
         canvas, decoder = self.canvas, self.decoder
