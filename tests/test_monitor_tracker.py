@@ -126,6 +126,7 @@ def fake_wandb(*, login: bool = False, refuse: tuple[str, ...] = ()) -> types.Mo
     wandb.opened, wandb.runs = [], []
     wandb.Settings = lambda **settings: settings
     wandb.Table = lambda columns, data: {"columns": columns, "data": data}
+    wandb.Histogram = lambda np_histogram: np_histogram
     wandb.setup = lambda settings: None
     wandb.teardown = lambda: None
     wandb.login = lambda prompt, verify: login
@@ -220,3 +221,41 @@ def test_the_table_holds_the_newest_rows(tmp_path, monkeypatch):
     assert len(table["data"]) == TABLE_ROWS and table["data"][0][0] == 3
     assert table["data"][-1][table["columns"].index("parts")] == '{"format": 1.0}'
     tracker.finish({}, succeeded=True)
+
+
+def test_lags_are_a_histogram_with_a_bin_each(tmp_path, monkeypatch):
+    wandb = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tracker = Tracker(config(tmp_path, wandb="offline"), tmp_path, wandb_id=None, **told(pytest.fail))
+    tracker.log(3, {"reward/mean": 0.5}, [0, 2, 2])
+    tracker.log(4, {"reward/mean": 0.5})
+    tracker.log(5, {}, [-2])
+    assert wandb.runs[0].logged == [
+        {"step": 3, "reward/mean": 0.5, "rollout/lag": ([1, 0, 2], [-0.5, 0.5, 1.5, 2.5])},
+        {"step": 4, "reward/mean": 0.5},
+        {"step": 5, "rollout/lag": ([1], [-0.5, 0.5])},
+    ]
+    tracker.finish({}, succeeded=True)
+
+
+def test_steps_done_again_are_logged_again_in_the_same_run(tmp_path):
+    monitor = open_monitor(tmp_path, wandb="offline")
+    monitor.watch()
+    for step in (1, 2, 3):
+        monitor.log(step, {"reward/mean": step / 10}, lags=[0, 1])
+        monitor.samples(step, [sample(step)])
+    monitor.rewind(1)
+    for step in (2, 3):
+        monitor.log(step, {"reward/mean": step / 5}, lags=[1])
+    monitor.samples(2, [sample(7)])
+    monitor.finish({"steps": 3}, status="finished")
+    (folder,) = runs(monitor.run_dir)
+    lines = [line for line in history(folder)[0] if "reward/mean" in line]
+    shown = [(line["step"], line["reward/mean"], line["cluster/rollbacks"]) for line in lines]
+    assert shown == [(1, 0.1, 0.0), (2, 0.2, 0.0), (3, 0.3, 0.0), (2, 0.4, 1.0), (3, 0.6, 1.0)]
+    histogram = {key: lines[-1][f"rollout/lag/{key}"] for key in ("_type", "values", "bins")}
+    assert histogram == {"_type": "histogram", "values": [0, 1], "bins": [-0.5, 0.5, 1.5]}
+    tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
+    assert [[row[1] for row in table["data"]] for table in tables if table["data"][-1][1] == "toy/7#0"] == [
+        ["toy/1#0", "toy/7#0"]
+    ]

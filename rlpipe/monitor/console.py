@@ -18,16 +18,17 @@ HEADER_EVERY = 20  # rows
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """title · key of the metric · format of the number · style on a terminal."""
+    """title · key of the metric · format of the number · style on a terminal · least width."""
 
     title: str
     key: str
     form: str
     style: str = ""
+    least: int = 7
 
     @property
     def width(self) -> int:
-        return max(7, len(self.title))
+        return max(self.least, len(self.title))
 
     def text(self, value: float | None) -> str:
         """The value, right-aligned; blank if missing."""
@@ -47,6 +48,16 @@ COLUMNS = (
     Column("tok/s", "perf/rollout_tokens_per_s", ".0f"),
     Column("s/step", "perf/step_s", ".2f"),
 )
+ASYNC_COLUMNS = (  # what mode async has besides, narrow: 94 characters in all
+    Column("lag", "rollout/lag_max", ".0f", least=3),  # weight versions, of the oldest group
+    Column("ready", "cluster/groups_ready", ".0f", least=5),  # groups that wait for the learner
+    Column("idle", "cluster/idle_rollout", ".2f", least=4),  # share of the rollout workers' time
+)
+
+
+def columns_of(mode: str) -> tuple[Column, ...]:
+    """Of a run in that `mode`."""
+    return (*COLUMNS, *ASYNC_COLUMNS) if mode == "async" else COLUMNS
 
 
 def header(columns: Sequence[Column] = COLUMNS) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,11 +21,18 @@ class Series:
     points: Sequence[tuple[int, float | None]]
 
 
-def chart(title: str, series: Sequence[Series], *, log: bool = False, limit: float | None = None) -> str:
+def chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    log: bool = False,
+    limit: float | None = None,
+    events: Mapping[int, Sequence[str]] | None = None,
+) -> str:
     """One figure with a line per series over the training step.
 
     log: a decadic axis; values that are not positive are left out. limit: a dashed line, with its value in the caption.
-    Returns "" if no series has a finite value.
+    events: by step, what a vertical line stands for. Returns "" if no series has a finite value.
     """
     series = [Series(s.name, thin([(x, v if _drawable(v, log) else None) for x, v in s.points])) for s in series]
     values = [v for s in series for _, v in s.points if v is not None]
@@ -41,6 +48,7 @@ def chart(title: str, series: Sequence[Series], *, log: bool = False, limit: flo
     parts = [_grid(axis, first, last)]
     if limit and axis.low <= limit <= axis.high:
         parts.append(f'<path class="limit" d="M{LEFT} {axis.down(limit):.1f}H{WIDTH - RIGHT}"/>')
+    parts += [_event(step, names, across) for step, names in (events or {}).items() if first <= step <= last]
     parts += [_line(s, index, across, axis) for index, s in enumerate(series)]
     caption = _caption(title, series, limit)
     return (
@@ -144,6 +152,12 @@ def _line(series: Series, index: int, across: Callable[[int], float], axis: _Axi
             dots.append(f'<circle class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
         previous = value
     return f'<path class="line s{index}" d="{"".join(path)}"/>{"".join(dots)}'
+
+
+def _event(step: int, names: Sequence[str], across: Callable[[int], float]) -> str:
+    text = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    line = f'<path d="M{across(step):.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
+    return f'<g class="incident"><title>{escape(f"step {step}: {text}")}</title>{line}</g>'
 
 
 def _caption(title: str, series: Sequence[Series], limit: float | None) -> str:

@@ -47,6 +47,14 @@ svg { display: block; width: 100%; height: auto; }
 svg text { font: 10px system-ui, sans-serif; fill: var(--soft); }
 .grid { stroke: var(--rule); stroke-width: 1; }
 .limit { stroke: var(--bad); stroke-dasharray: 4 3; }
+.incident path { stroke: var(--bad); stroke-width: 1.2; stroke-dasharray: 2 3; opacity: .7; }
+.gantt { margin: 12px 0 0; padding: 10px 12px 4px; background: var(--card); border: 1px solid var(--rule);
+  border-radius: 10px; }
+.gantt figcaption { font-size: 13px; margin-bottom: 6px; } .gantt .values { color: var(--soft); }
+.bar-rollout { fill: var(--s0); } .bar-learner { fill: var(--s1); } .bar-other { fill: var(--s2); }
+.bar-driver { fill: var(--rule); stroke: var(--soft); stroke-width: .4; } .bar-wait { fill: var(--soft); opacity: .35; }
+.bar-failed { fill: var(--bad); }
+.use { font: 12px/1.5 ui-monospace, "SF Mono", Consolas, monospace; overflow-x: auto; margin: 8px 0 0; }
 .cursor { stroke: var(--soft); stroke-width: 1; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .line.s0 { stroke: var(--s0); } .line.s1 { stroke: var(--s1); } .line.s2 { stroke: var(--s2); }

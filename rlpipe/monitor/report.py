@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rlpipe.errors import CheckpointError, RlpipeError
+from rlpipe.monitor.cluster_page import cluster_section
 from rlpipe.monitor.curves import Series, chart, number
 from rlpipe.monitor.files import jsonable, write_text
+from rlpipe.monitor.incidents import fault_line, read_incidents, totals
 from rlpipe.monitor.metrics import read_metrics
 from rlpipe.monitor.page import SCRIPT, STYLE
 from rlpipe.monitor.samples import SampleStore
+from rlpipe.monitor.spans import Trace, has_trace, read_trace
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 SHOWN_STEPS = 6  # training steps whose samples are shown
@@ -50,7 +53,8 @@ CHARTS = (  # title, {name of the line: key}, logarithmic
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from config.yaml, metrics.jsonl, trajectories/ and, if it is there, summary.json.
+    """Write `run_dir/report.html` from config.yaml, metrics.jsonl, trajectories/ and, where they are there, summary.json,
+    incidents.jsonl and the timeline.
 
     Returns its path. Raises CheckpointError if one of them is damaged or the page cannot be written.
     """
@@ -58,8 +62,10 @@ def write_report(run_dir: Path) -> Path:
     summary = _read(run_dir / "summary.json", json.loads) if (run_dir / "summary.json").exists() else {"status": "running"}
     metrics = read_metrics(run_dir / "metrics.jsonl")
     samples = chosen_samples(SampleStore(run_dir / "trajectories"))
+    incidents = read_incidents(run_dir / "incidents.jsonl")
+    trace = read_trace(run_dir) if has_trace(run_dir) else None
     path = run_dir / "report.html"
-    write_text(path, render(config, metrics, summary, samples))
+    write_text(path, render(config, metrics, summary, samples, incidents, trace))
     return path
 
 
@@ -68,8 +74,11 @@ def render(
     metrics: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
+    incidents: Sequence[Mapping[str, Any]] = (),
+    trace: Trace | None = None,
 ) -> str:
-    """The page. config: nested · metrics: lines of metrics.jsonl · samples: [{"step", "rows": [SampleRow as dict]}]."""
+    """The page. config: nested · metrics: lines of metrics.jsonl · samples: [{"step", "rows": [SampleRow as dict]}] ·
+    incidents: lines of incidents.jsonl."""
     name = escape(str(config.get("name") or "run"))
     status = escape(str(summary.get("status", "running")))
     limit = config.get("parity", {}).get("max_abs_delta") if isinstance(config.get("parity"), Mapping) else None
@@ -80,8 +89,9 @@ def render(
 <title>{name}: {status}</title><style>{STYLE}</style></head><body><main>
 <h1>{name}<span class="status {"finished" if status == "finished" else ""}">{status}</span></h1>
 <p class="lead">{escape(str(config.get("description") or ""))}</p>
-<dl class="tiles">{"".join(_tiles(summary, metrics))}</dl>
+<dl class="tiles">{"".join(_tiles(summary, metrics, incidents))}</dl>
 <h2>Curves</h2><div class="curves">{_charts(metrics, limit) or empty}</div>
+{cluster_section(metrics, incidents, trace)}
 {_replay(samples)}
 <h2>Details</h2>
 {_details("Every metric", _metric_table(metrics))}
@@ -133,7 +143,9 @@ def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, f
     return [(line["step"], line[key]) for line in metrics if key in line]
 
 
-def _tiles(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _tiles(
+    summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], incidents: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
     """The headline: before, after, and what it took. A run without a summary is told from its metrics."""
 
     def ends(key: str) -> tuple[float | None, float | None]:
@@ -156,6 +168,8 @@ def _tiles(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
     deltas = [value for _, value in _points(metrics, "parity/max_abs_delta") if value is not None]
     if deltas:
         yield _tile("Parity, worst step", number(max(deltas)), "largest |Δ log p|, rollout to learner")
+    if incidents:
+        yield _tile("Incidents", str(len(incidents)), fault_line(totals(incidents)))
     if summary.get("warnings"):
         yield _tile("Warnings", str(summary["warnings"]), "see log.txt")
 

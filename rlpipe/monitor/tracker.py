@@ -56,11 +56,24 @@ class Tracker:
     def active(self) -> bool:
         return self._run is not None
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Non-finite numbers are passed on: W&B shows them as such."""
+    def log(self, step: int, metrics: Mapping[str, float], lags: Sequence[int] = ()) -> None:
+        """Non-finite numbers are passed on: W&B shows them as such. lags: of the groups trained on, for a histogram."""
         if self._run is not None:
             with self._surviving("logging"):
-                self._run.log({"step": step} | {key: float(value) for key, value in metrics.items()})
+                line: dict[str, Any] = {"step": step} | {key: float(value) for key, value in metrics.items()}
+                if lags:
+                    counts = [sum(max(0, lag) == value for lag in lags) for value in range(max(0, *lags) + 1)]
+                    edges = [value - 0.5 for value in range(len(counts) + 1)]
+                    line["rollout/lag"] = self._wandb.Histogram(np_histogram=(counts, edges))
+                self._run.log(line)
+
+    def rewind(self, step: int) -> None:
+        """Steps after `step` are about to be logged again, under the same numbers of the x-axis.
+
+        W&B keeps both: its own rewind is a preview that needs rising steps. The newer points come later in its history, so
+        its summary is right, and `cluster/rollbacks` tells the lines apart. Of the samples only those up to `step` stay.
+        """
+        self._rows = deque(((at, row) for at, row in self._rows if at <= step), maxlen=TABLE_ROWS)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """The newest TABLE_ROWS responses as a fresh table, since a logged one cannot grow."""
