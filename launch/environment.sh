@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it. `prepare_environment [EXTRA]` leaves PYTHON: an interpreter with rlpipe installed.
 #
 # The active virtual environment is used if there is one (VIRTUAL_ENV), else .venv in this checkout, made when it is missing.

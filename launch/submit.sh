@@ -8,7 +8,19 @@
 # RAY_AUTH_TOKEN  Ray may ask for a token. Give the head and this script the same two variables before starting either:
 #                     export RAY_AUTH_MODE=token
 #                     export RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
+# RLPIPE_RETRIES  how often a driver that died is started again without having got further, 3 unless set: the entrypoint runs
+#                 under `python -m rlpipe.supervise`, which continues its run from the last checkpoint. 0: no supervisor
+# RLPIPE_STOP_WAIT_S  `ray job stop` sends SIGTERM, upon which the run finishes its step, saves and leaves with exit code 75,
+#                 and kills it so many seconds later, 300 unless set (Ray's own default is 3)
 # RLPIPE_ENTRYPOINT  what to run instead of `python -m rlpipe.run` (a script of your own)
+#
+# Give output_dir=/a/folder/that/outlives/the/cluster: `outputs` would be inside the uploaded copy on the head node.
+#
+# The same by hand, without retries of submission and with Ray's 3 s:
+#
+#     ray job submit --address http://HOST:8265 --working-dir . -- python -m rlpipe.supervise retries=3 -- \
+#         python -m rlpipe.run recipe=quickstart output_dir=/shared/outputs
+#     ray job list | logs JOB --follow | stop JOB            each with --address
 #
 # Every node needs rlpipe's dependencies installed; the source itself is uploaded, without results, environments and history.
 # The job's log is followed, and this script ends with the job's exit code. Interrupting it leaves the job running.
@@ -19,7 +31,12 @@ if [ -n "${RAY_AUTH_TOKEN:-}" ]; then
 fi
 address="${RAY_ADDRESS:-http://127.0.0.1:8265}"
 unset RAY_ADDRESS  # Ray would otherwise take it for the cluster's own address
-exec python - "$address" "${RLPIPE_ENTRYPOINT:-python -m rlpipe.run}" "$@" << 'PYTHON'
+entrypoint="${RLPIPE_ENTRYPOINT:-python -m rlpipe.run}"
+retries="${RLPIPE_RETRIES:-3}"
+if [ "$retries" != 0 ]; then
+    entrypoint="python -m rlpipe.supervise retries=$retries -- $entrypoint"
+fi
+exec python - "$address" "$entrypoint" "${RLPIPE_STOP_WAIT_S:-300}" "$@" << 'PYTHON'
 import asyncio, logging, shlex, sys, time
 
 try:
@@ -28,11 +45,13 @@ except ImportError:
     sys.exit("error: this Python has no Ray; activate the environment that rlpipe is installed in")
 logging.getLogger("ray").setLevel(logging.ERROR)  # one line per file that is not uploaded otherwise
 
-address, entrypoint, *arguments = sys.argv[1:]
+address, entrypoint, stop_wait_s, *arguments = sys.argv[1:]
 if not address.startswith("http"):
     sys.exit(f"error: RAY_ADDRESS={address} is not a job server; it must look like http://HOST:8265")
 excludes = [".git", ".venv", ".ci", "outputs", "wandb", "tests", "docs", "build", "dist", "*.egg-info", "*.npz", "*.pt", "*.safetensors"]
 command = f"{entrypoint} {shlex.join(arguments)}"
+# read by the process that Ray starts the entrypoint from
+runtime_env = {"working_dir": ".", "excludes": excludes, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": stop_wait_s}}
 
 
 def submit(deadline):
@@ -40,7 +59,7 @@ def submit(deadline):
     while True:
         try:
             client = JobSubmissionClient(address)
-            return client, client.submit_job(entrypoint=command, runtime_env={"working_dir": ".", "excludes": excludes})
+            return client, client.submit_job(entrypoint=command, runtime_env=runtime_env)
         except (RuntimeError, ConnectionError) as error:
             starting = isinstance(error, ConnectionError) or "No available agent" in str(error)
             if not starting or time.monotonic() > deadline:
@@ -54,7 +73,7 @@ async def follow(client, job):
         print(lines, end="", flush=True)
 
 
-client, job = submit(time.monotonic() + 60)
+client, job = submit(time.monotonic() + 180)
 print(f"job {job} at {address}: {command}", file=sys.stderr, flush=True)
 asyncio.run(follow(client, job))
 while not client.get_job_status(job).is_terminal():
