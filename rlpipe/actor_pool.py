@@ -1,74 +1,79 @@
-"""A pool of actors that loses nothing: units of work with deadlines, retried elsewhere, workers restarted and prepared."""
+"""A pool of actors that loses nothing: units of work with deadlines, retried elsewhere, workers restarted and prepared.
+
+One thread of the pool's own talks to the actors; everybody else hands in units and gets results by callback or by iterating. A
+worker that dies is replaced while the others work on, and one whose machine has not come up yet joins when it has.
+"""
 
 from __future__ import annotations
 
+import heapq
 import logging
+import queue
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlpipe.cluster import fetch, finished, wait
-from rlpipe.errors import RlpipeError, WorkerLost
+from rlpipe.actor_dispatch import EVERY_S, START_ATTEMPTS, Call, Dispatcher, Failure, Take, Ticket
+from rlpipe.actor_slot import IDLE, Preparation
+from rlpipe.cluster import wait
+from rlpipe.errors import WaitTimeout, WorkerLost
 
+__all__ = ["ActorPool", "Call", "Failure", "Ticket", "next_of"]
 log = logging.getLogger("rlpipe")
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One unit of work: a method of the actors and its arguments. label names it in the log. A method that is a generator gives
-    its results part by part, and its deadline starts again with each."""
+class ActorPool(Dispatcher):
+    """size actors made by make(index); one unit in flight on each. All methods may be called from any thread.
 
-    method: str
-    args: tuple = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A unit that failed on every attempt. attempts: one line each; cause: the last exception."""
-
-    label: str
-    attempts: list[str]
-    cause: Exception
-
-    def __str__(self) -> str:
-        return f"{self.label} failed {len(self.attempts)} times; last: {self.attempts[-1]}"
-
-
-@dataclass(slots=True)
-class _Slot:
-    index: int
-    actor: Any = None
-    unit: int | None = None
-    reference: Any = None
-    deadline: float = 0.0
-
-
-class ActorPool:
-    """size actors made by make(index); one unit in flight on each.
-
-    An actor that dies or passes a unit's deadline is replaced by a new one, on which `prepare(actor)` runs before it gets work;
-    its unit goes to another actor. retries: further attempts of a unit after its first. Counters: restarts, retried, timeouts.
+    An actor that dies or passes a unit's deadline is replaced by a new one, which is prepared before it gets work; its unit
+    goes to another actor. retries: further attempts of a unit after its first. minimum: actors that must be up for the pool to
+    start (0: all); the others join later. has_place(index): whether there is room for an actor now. group: the concurrency
+    group of calls that must not wait for a unit. spans: told (worker, unit, start, end, whether it went well) of every unit, in
+    seconds of time.time(). Counters: restarts, retried, timeouts; busy_s: seconds of work, over all actors.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], Any],
-        size: int,
-        *,
-        name: str,
-        retries: int,
-        prepare: Callable[[Any], None] | None = None,
-        start_timeout_s: float = 300.0,
-    ):
-        self.make, self.name, self.retries = make, name, retries
-        self.prepare, self.start_timeout_s = prepare, start_timeout_s
-        self.restarts = self.retried = self.timeouts = 0
-        self.slots = [_Slot(index, make(index)) for index in range(size)]
-        wait([slot.actor.pid.remote() for slot in self.slots], what=f"{size} {name} workers", timeout_s=start_timeout_s)
+    def __init__(self, make, size: int, *, minimum: int = 0, **settings: Any):
+        super().__init__(make, size, **settings)
+        self._wait_for_first(minimum or size)
+
+    def _wait_for_first(self, wanted: int) -> None:
+        """Raises WorkerLost if the first actors do not come up."""
+        started = time.monotonic()
+        limit = START_ATTEMPTS * self.start_timeout_s
+        with self.changed:
+            while sum(slot.up for slot in self.slots) < wanted:
+                waited = time.monotonic() - started
+                if self.broken is not None or waited > limit:
+                    self._closing = True
+                    cause = self.broken or WorkerLost(f"{wanted} {self.name} workers did not come up in {limit:.0f} s")
+                    raise WorkerLost(str(cause)) from cause
+                if not self.changed.wait(min(EVERY_S, limit - waited + 0.01)):
+                    up = sum(slot.up for slot in self.slots)
+                    log.info("waiting for %s workers: %d/%d (%.0f s of %.0f s)", self.name, up, wanted, waited + EVERY_S, limit)
+
+    # --- work -----------------------------------------------------------------------------------------------------------
+
+    def submit(self, call: Call, take: Take, *, timeout_s: float, what: str, urgency: int = 1) -> Ticket:
+        """Hand in a unit; `take` gets its results on the pool's thread and must be quick. timeout_s: of one attempt. urgency:
+        lower goes first. Raises WorkerLost if the pool has given up."""
+        with self.changed:
+            if self.broken is not None:
+                raise WorkerLost(str(self.broken)) from self.broken
+            ticket = Ticket(call, take, timeout_s, what, (urgency, next(self._numbers)))
+            heapq.heappush(self.waiting, ticket)
+            self.changed.notify_all()
+        return ticket
+
+    def cancel(self, ticket: Ticket, abort: str = "") -> None:
+        """Its results are no longer wanted. abort: a method of the actor that ends the unit early, called with its label."""
+        with self.changed:
+            ticket.cancelled = True
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
+                heapq.heapify(self.waiting)
+            for slot in self.slots:
+                if slot.ticket is ticket and abort:
+                    self._method(slot, abort, self.group).remote(ticket.call.label)
 
     def run(self, calls: Sequence[Call], *, timeout_s: float, what: str) -> list[Any]:
         """Results in the order of the calls; a `Failure` in place of those that never succeeded. timeout_s: of one attempt."""
@@ -80,154 +85,108 @@ class ActorPool:
     def stream(self, calls: Sequence[Call], *, timeout_s: float, what: str) -> Iterator[tuple[int, Any]]:
         """(index, result) in order of completion; every call exactly once. Generators: (index, part) for each part, and
         (index, None) at the end; a unit that is tried again gives all its parts again, so the caller keeps one of each."""
-        job = _Job(calls, what, time.monotonic())
-        while job.open:
-            self._dispatch(job, timeout_s)
-            for slot in self._ready(job, timeout_s):
-                yield from self._collect(slot, job, timeout_s)
-
-    def _dispatch(self, job: _Job, timeout_s: float) -> None:
-        for slot in self.slots:
-            if slot.unit is not None or not job.queue:
-                continue
-            unit = job.take(slot.index, alone=len(self.slots) == 1)
-            if unit is None:
-                continue
-            call = job.calls[unit]
-            slot.unit, slot.deadline = unit, time.monotonic() + timeout_s
-            slot.reference = getattr(slot.actor, call.method).remote(*call.args, **call.kwargs)
-
-    def _ready(self, job: _Job, timeout_s: float) -> list[_Slot]:
-        """Slots whose unit is finished or overdue; waits for at least one, with a line every ten seconds."""
-        busy = {slot.reference: slot for slot in self.slots if slot.unit is not None}
-        while True:
-            now = time.monotonic()
-            soonest = min(slot.deadline for slot in busy.values())
-            done = finished(busy, min(EVERY_S, soonest - now))
-            if done:
-                return [busy[reference] for reference in done]
-            overdue = [slot for slot in busy.values() if time.monotonic() >= slot.deadline]
-            if overdue:
-                return overdue
-            log.info("waiting for %s: %d/%d (%.0f s)", job.what, job.finished, len(job.calls), time.monotonic() - job.started)
-
-    def _collect(self, slot: _Slot, job: _Job, timeout_s: float) -> Iterator[tuple[int, Any]]:
-        unit, label = slot.unit, job.calls[slot.unit].label
-        overdue = time.monotonic() >= slot.deadline and not finished([slot.reference], 0.0)
-        slot.unit = None
+        arrived: queue.SimpleQueue = queue.SimpleQueue()
+        tickets = [
+            self.submit(
+                call,
+                lambda result, more, i=i: arrived.put((i, result, more)),
+                timeout_s=timeout_s,
+                what=what,
+                urgency=0,
+            )
+            for i, call in enumerate(calls)
+        ]
+        left = set(range(len(calls)))
         try:
-            if overdue:
-                self.timeouts += 1
-                raise WorkerLost(f"{self.name} worker {slot.index} passed the deadline of {label}")
-            result, more = self._fetch(slot)
-        except Exception as error:  # whatever user code raised: counted, retried, and in the end reported with its cause
-            if isinstance(error, WorkerLost):
-                self._replace(slot, error)
-            failure = self._retry(slot, unit, label, error, job)
-            if failure is not None:
-                job.close(unit)
-                yield unit, failure
-            return
-        if more:
-            slot.unit, slot.deadline = unit, time.monotonic() + timeout_s
-        else:
-            job.close(unit)
-        yield unit, result
+            while left:
+                index, result, more = next_of(arrived, what, len(calls) - len(left), len(calls))
+                if not more:
+                    left.discard(index)
+                yield index, result
+        finally:
+            for index in left:  # the caller stopped listening
+                self.cancel(tickets[index])
 
-    def _fetch(self, slot: _Slot) -> tuple[Any, bool]:
-        """(result, whether there may be more of it); None at the end of a generator."""
-        import ray
-
-        reference = slot.reference
-        if isinstance(reference, ray.ObjectRefGenerator):
+    def each(self, method: str, *args: Any, timeout_s: float, what: str) -> dict[int, Any]:
+        """The method on every actor that is up, beside its unit: {worker: reply}. One that dies on the way has no reply.
+        timeout_s: for all of them."""
+        with self.changed:
+            asked = {slot.index: self._method(slot, method, self.group).remote(*args) for slot in self.slots if slot.up}
+        replies, ends = {}, time.monotonic() + timeout_s
+        for index, reference in asked.items():
             try:
-                reference = next(reference)
-            except StopIteration:
-                return None, False
-        result = fetch(reference, f"{self.name} worker {slot.index}")
-        return result, reference is not slot.reference
-
-    def _retry(self, slot: _Slot, unit: int, label: str, error: Exception, job: _Job) -> Failure | None:
-        attempts = job.attempts[unit]
-        attempts.append(f"{self.name} worker {slot.index}: {type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}")
-        if len(attempts) > self.retries:
-            return Failure(label, attempts, error)
-        self.retried += 1
-        log.warning("%s: attempt %d of %s failed: %s; trying again elsewhere", job.what, len(attempts), label, attempts[-1])
-        job.give_back(unit, slot.index)
-        return None
-
-    def _replace(self, slot: _Slot, error: Exception) -> None:
-        """A fresh actor in the slot, prepared. Raises WorkerLost if none comes up within the start deadline."""
-        import ray
-
-        ray.kill(slot.actor)
-        for attempt in range(1, START_ATTEMPTS + 1):
-            self.restarts += 1
-            log.warning("%s worker %d is replaced (attempt %d): %s", self.name, slot.index, attempt, error)
-            slot.actor = self.make(slot.index)
-            try:
-                wait(
-                    [slot.actor.pid.remote()], what=f"{self.name} worker {slot.index} to start", timeout_s=self.start_timeout_s
-                )
-                if self.prepare is not None:
-                    self.prepare(slot.actor)
-                return
-            except RlpipeError as failed:
-                error = failed
-                ray.kill(slot.actor)
-        raise WorkerLost(
-            f"{self.name} worker {slot.index} did not come back after {START_ATTEMPTS} attempts: {error}"
-        ) from error
-
-    def broadcast(self, method: str, *args: Any, timeout_s: float, what: str) -> list[Any]:
-        """The method on every actor, results in order of the actors; dead ones are replaced (and prepared) first."""
-        references = [getattr(slot.actor, method).remote(*args) for slot in self.slots]
-        results = []
-        for slot, reference in zip(self.slots, references, strict=True):
-            try:
-                results += wait([reference], what=what, timeout_s=timeout_s)
+                left = max(0.1, ends - time.monotonic())
+                (replies[index],) = wait([reference], what=f"{what} ({self.name} worker {index})", timeout_s=left)
             except WorkerLost as error:
-                self._replace(slot, error)
-                results += wait([getattr(slot.actor, method).remote(*args)], what=what, timeout_s=timeout_s)
-        return results
+                log.warning("%s: %s", what, error)  # its next unit finds out, and the worker is replaced
+        return replies
 
-    def close(self) -> None:
-        import ray
+    def ask(self, worker: int, method: str, *args: Any, replies: int = 1) -> Any:
+        """Reference(s) to what a method of one actor returns, beside its unit."""
+        with self.changed:
+            actor = self.slots[worker].actor
+            if actor is None:
+                raise WorkerLost(f"{self.name} worker {worker} is gone")
+            return getattr(actor, method).options(concurrency_group=self.group, num_returns=replies).remote(*args)
 
-        for slot in self.slots:
-            ray.kill(slot.actor)
+    # --- preparations ---------------------------------------------------------------------------------------------------
 
+    def prepare(self, preparation: Preparation) -> None:
+        """From now on no actor gets work before this was done on it; `Preparation` says whether that may disturb a unit."""
+        with self.changed:
+            self.preparation = preparation
+            self.changed.notify_all()
 
-EVERY_S = 10.0
-START_ATTEMPTS = 3
+    def wait_prepared(self, timeout_s: float) -> None:
+        """Until all actors that are up have had the current preparation, at least one. Raises WaitTimeout, WorkerLost."""
+        wanted, started = self.preparation, time.monotonic()
+        with self.changed:
+            while not self._is_prepared(wanted):
+                if self.broken is not None:
+                    raise WorkerLost(str(self.broken)) from self.broken
+                waited = time.monotonic() - started
+                if waited > timeout_s:
+                    raise WaitTimeout(f"{wanted.label}: not on all {self.name} workers after {timeout_s:.0f} s")
+                if not self.changed.wait(min(EVERY_S, timeout_s - waited + 0.01)):
+                    log.info("waiting for %s (%.0f s of %.0f s)", wanted.label, waited + EVERY_S, timeout_s)
 
+    def _is_prepared(self, wanted: Preparation) -> bool:
+        up = [slot for slot in self.slots if slot.up]
+        return bool(up) and all(slot.prepared is wanted or self.preparation is not wanted for slot in up)
 
-class _Job:
-    """The units of one `stream`: which wait, which were tried where, which are closed."""
-
-    def __init__(self, calls: Sequence[Call], what: str, started: float):
-        self.calls, self.what, self.started = calls, what, started
-        self.queue: deque[int] = deque(range(len(calls)))
-        self.open = set(range(len(calls)))
-        self.attempts: list[list[str]] = [[] for _ in calls]
-        self.last_slot: dict[int, int] = {}
+    # --- counts ---------------------------------------------------------------------------------------------------------
 
     @property
-    def finished(self) -> int:
-        return len(self.calls) - len(self.open)
+    def idle(self) -> int:
+        """Actors that could start a unit now."""
+        return sum(slot.state == IDLE for slot in self.slots)
 
-    def take(self, slot: int, alone: bool) -> int | None:
-        """The next unit for a slot: not one that just failed there, unless there is nowhere else."""
-        for unit in self.queue:
-            if alone or self.last_slot.get(unit) != slot:
-                self.queue.remove(unit)
-                return unit
-        return None
+    @property
+    def up(self) -> int:
+        """Actors that are alive and prepared or about to be."""
+        return sum(slot.up for slot in self.slots)
 
-    def give_back(self, unit: int, slot: int) -> None:
-        self.last_slot[unit] = slot
-        self.queue.append(unit)
+    def pids(self, timeout_s: float = 10.0) -> dict[int, int]:
+        return self.each("pid", timeout_s=timeout_s, what="process numbers")
 
-    def close(self, unit: int) -> None:
-        self.open.discard(unit)
+    def close(self) -> None:
+        """End the actors and the thread; what was not finished is never answered."""
+        import ray
+
+        with self.changed:
+            self._closing = True
+            self.changed.notify_all()
+        self._thread.join(timeout=30)
+        for slot in self.slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor)
+
+
+def next_of(arrived: queue.SimpleQueue, what: str, done: int, of: int) -> Any:
+    """The next of a pool's results, with a line while none comes; every unit has its own deadline, so one does come."""
+    started = time.monotonic()
+    while True:
+        try:
+            return arrived.get(timeout=EVERY_S)
+        except queue.Empty:
+            log.info("waiting for %s: %d/%d (nothing new for %.0f s)", what, done, of, time.monotonic() - started)

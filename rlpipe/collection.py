@@ -1,38 +1,38 @@
-"""One step's experience: prompts out, groups with rewards and advantages back."""
+"""One step's experience: groups with rewards, advantages and what there is to say about them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from rlpipe.config import RunConfig
-from rlpipe.errors import NoLiveGroups, VerifierFailed
-from rlpipe.monitor.monitor import Monitor, SampleRow
-from rlpipe.objectives.advantages import has_signal
+from rlpipe.errors import VerifierFailed
+from rlpipe.monitor.monitor import SampleRow
+from rlpipe.objectives.advantages import has_signal as _has_signal
 from rlpipe.objectives.objective import Objective
 from rlpipe.objectives.overlong import is_overlong, kept, shaped
 from rlpipe.objectives.step_credit import step_advantages
 from rlpipe.rollout.pool import Group, RolloutPool
 from rlpipe.sampling.engine import EngineCounters
 from rlpipe.trajectory import Trajectory, replace
-from rlpipe.verifiers.pool import VerifierPool
 
 
 @dataclass(slots=True)
 class Harvest:
     """groups: those to learn from, in order of their prompts · trajectories and advantages float32[N]: flat over the groups,
     without responses that are left out of the loss · tokens: valid response tokens sampled for the step, dropped groups
-    included."""
+    included · lags: versions that each group is behind the policy it trains · record: indices of the step's prompts by their
+    fate: trained, without_signal, failed."""
 
     groups: list[Group]
     trajectories: list[Trajectory]
     advantages: np.ndarray
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
+    lags: list[int] = field(default_factory=list)
+    record: dict[str, list[int]] = field(default_factory=dict)
 
     def sample_rows(self, count: int, rollouts: RolloutPool) -> list[SampleRow]:
         """Responses to show: the first of each group, then the second …, up to `count`."""
@@ -60,7 +60,9 @@ class Harvest:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts over the rounds of one step. asked: responses and predictions to score · judged: different ones among them."""
+    """What a step took. sampled: groups that could be scored, in order of their prompts · failed: those that could not ·
+    rounds: of fresh prompts · asked: responses and predictions to score · judged: different ones among them · sampling_s,
+    judging_s: time in which any group was sampled, or, without that, any judged."""
 
     sampled: list[Group] = field(default_factory=list)
     failed: list[VerifierFailed] = field(default_factory=list)
@@ -68,83 +70,33 @@ class Tally:
     asked: int = 0
     judged: int = 0
     counters: EngineCounters = field(default_factory=EngineCounters)
-    rollout_s: float = 0.0
-    verify_s: float = 0.0
+    sampling_s: float = 0.0
+    judging_s: float = 0.0
 
 
-class Collector:
-    """Waits for: rollout and verifier pools. Consumes: prompts from the cursor. Produces: a `Harvest` a step."""
+class GroupScoring:
+    """From verdicts to rewards, and from groups to a step's harvest; holds no state."""
 
-    def __init__(
-        self,
-        cfg: RunConfig,
-        cursor: Any,
-        rollouts: RolloutPool,
-        verifiers: VerifierPool,
-        objective: Objective,
-        monitor: Monitor,
-    ):
-        self.cfg, self.cursor, self.objective, self.monitor = cfg, cursor, objective, monitor
-        self.rollouts, self.verifiers = rollouts, verifiers
+    def __init__(self, cfg: RunConfig, objective: Objective):
+        self.cfg, self.objective = cfg, objective
         judged = cfg.value.enabled and cfg.value.step_rewards
         self.stride = objective.planner.stride if objective.needs_step_rewards else int(judged)  # of predictions; 0: none
 
-    def collect(self, step: int) -> Harvest:
-        """Groups with a learning signal. Under `groups: refill` those without one are replaced by fresh prompts, for up to
-        `refill_rounds` more rounds; a step may then train on fewer. Raises NoLiveGroups if none is left, VerifierFailed if
-        too many groups failed."""
-        algo, live, tally = self.cfg.algo, [], Tally()
-        wanted = algo.prompts_per_step
-        while True:
-            scored = self._sample_and_score(wanted - len(live), step, tally)
-            live += [group for group in scored if algo.groups == "keep" or self._has_signal(group)]
-            refill = algo.groups == "refill" and tally.rounds <= algo.refill_rounds
-            if len(live) >= wanted or not refill:
-                break
-        if not any(self._has_signal(group) for group in live):
-            raise NoLiveGroups(self._nothing_to_learn(step, tally))
-        return self._harvest(live, tally)
+    def texts(self, group: Group) -> list[str]:
+        """The responses, then what the predictions of each read; most of these are alike, and the pool judges what differs."""
+        steps = zip(group.step_texts, group.step_index, strict=True)
+        return [*group.texts, *(texts[place] for texts, index in steps for place in index)]
 
-    def _sample_and_score(self, count: int, step: int, tally: Tally) -> list[Group]:
-        tally.rounds += 1
-        prompts, algo = self.cursor.take(count), self.cfg.algo
-        started = time.perf_counter()
-        what = f"step {step}: sampling {count} prompts × {algo.samples_per_prompt}"
-        groups, counters = self.rollouts.generate(
-            prompts, algo.samples_per_prompt, self.cfg.rollout.decoder, what=what, predictions=self.stride
-        )
-        sampled_at = time.perf_counter()
-        asked, judged = self.verifiers.asked, self.verifiers.judged
-        scores = self.verifiers.score_groups([[(group.prompt, text) for text in _texts(group)] for group in groups])
-        tally.rollout_s += sampled_at - started
-        tally.verify_s += time.perf_counter() - sampled_at
-        tally.counters = tally.counters + counters
-        tally.asked += self.verifiers.asked - asked
-        tally.judged += self.verifiers.judged - judged
-        scored = []
-        for group, score in zip(groups, scores, strict=True):
-            if isinstance(score, VerifierFailed):  # the whole group goes; a failure is never a reward
-                self.monitor.warn(f"step {step}: {score}")
-                tally.failed.append(score)
-                continue
-            group.parts = score[: len(group.texts)]
-            if self.stride:
-                _take_step_rewards(group, score[len(group.texts) :])
-            rewards = np.array([part["reward"] for part in group.parts], np.float32)
-            budget = self.cfg.rollout.decoder.max_tokens
-            group.rewards = shaped(rewards, group.trajectories, algo.overlong, budget, algo.overlong_buffer)
-            scored.append(group)
-        self.cursor.solved((group.prompt, [part["reward"] for part in group.parts]) for group in scored)
-        tally.sampled += scored
-        attempted = len(tally.sampled) + len(tally.failed)
-        if len(tally.failed) > self.cfg.verifier.max_failed_groups * max(attempted, algo.prompts_per_step):
-            raise VerifierFailed(
-                f"step {step}: {len(tally.failed)} of {attempted} groups could not be scored (limit verifier.max_failed_groups="
-                f"{self.cfg.verifier.max_failed_groups:g}). Last cause: {tally.failed[-1]}"
-            )
-        return scored
+    def settle(self, group: Group, verdicts: Sequence[dict[str, float]]) -> None:
+        """Fill in parts, step rewards and rewards; verdicts of all its `texts`, in order."""
+        group.parts = list(verdicts[: len(group.texts)])
+        if self.stride:
+            _take_step_rewards(group, verdicts[len(group.texts) :])
+        rewards = np.array([part["reward"] for part in group.parts], np.float32)
+        algo, budget = self.cfg.algo, self.cfg.rollout.decoder.max_tokens
+        group.rewards = shaped(rewards, group.trajectories, algo.overlong, budget, algo.overlong_buffer)
 
-    def _has_signal(self, group: Group) -> bool:
+    def has_signal(self, group: Group) -> bool:
         """With step credit the rewards of all predictions are judged together: a group may be wrong in the end throughout and
         still teach which steps went astray."""
         rewards = group.rewards
@@ -154,13 +106,13 @@ class Collector:
                 return False
             rewards = np.concatenate(steps)
         algo = self.cfg.algo
-        live = has_signal(rewards, algo.accuracy_low, algo.accuracy_high)
+        live = _has_signal(rewards, algo.accuracy_low, algo.accuracy_high)
         right = [part["correct"] for part in group.parts if "correct" in part]
         if right and (algo.accuracy_low > 0 or algo.accuracy_high < 1):  # a band of accuracy is not one of weighted rewards
             live = live and algo.accuracy_low < float(np.mean(right)) < algo.accuracy_high
         return live and bool(kept(group.trajectories, algo.overlong).any())
 
-    def _nothing_to_learn(self, step: int, tally: Tally) -> str:
+    def nothing_to_learn(self, step: int, tally: Tally) -> str:
         rewards = np.concatenate([group.rewards for group in tally.sampled]) if tally.sampled else np.zeros(0)
         mean = f"mean reward {rewards.mean():.3f}" if len(rewards) else "no group scored"
         return (
@@ -177,7 +129,8 @@ class Collector:
         share = np.mean([is_overlong(t) for group in tally.sampled for t in group.trajectories])
         return f"; algo.overlong={self.cfg.algo.overlong} struck {share:.0%} of the responses, which ended without EOS"
 
-    def _harvest(self, live: Sequence[Group], tally: Tally) -> Harvest:
+    def harvest(self, live: Sequence[Group], tally: Tally) -> Harvest:
+        """live: groups to learn from, in order of their prompts."""
         shown = np.concatenate([kept(group.trajectories, self.cfg.algo.overlong) for group in live])
         advantages = np.concatenate([self.objective.advantages(group.rewards) for group in live]).astype(np.float32)[shown]
         trajectories = [trajectory for group in live for trajectory in group.trajectories]
@@ -211,11 +164,11 @@ class Collector:
             "rollout/overlong_share": float(np.mean([is_overlong(t) for t in records])),
             "rollout/tokens_per_step": float(lengths.sum() / steps.sum()),
             "rollout/forced_share": float(np.concatenate([t.events.forced for t in records]).mean()),
-            "algo/live_groups": float(sum(self._has_signal(group) for group in live)),
-            "algo/live_share": float(np.mean([self._has_signal(group) for group in tally.sampled])),
-            "perf/rollout_s": tally.rollout_s,
-            "perf/verify_s": tally.verify_s,
-            "perf/rollout_tokens_per_s": counters.tokens / tally.rollout_s,
+            "algo/live_groups": float(sum(self.has_signal(group) for group in live)),
+            "algo/live_share": float(np.mean([self.has_signal(group) for group in tally.sampled])),
+            "perf/rollout_s": tally.sampling_s,
+            "perf/verify_s": tally.judging_s,
+            "perf/rollout_tokens_per_s": counters.tokens / max(tally.sampling_s, 1e-9),
             "perf/tokens_per_forward": counters.tokens / max(1, counters.forwards),
             "perf/slot_occupancy": counters.occupancy,
             "perf/cache_mb": counters.cache_bytes / 2**20,
@@ -234,12 +187,6 @@ class Collector:
             "reward/backslide_share": float((best > rewards).mean()),
             "perf/predictions_mb": sum(t.predictions.nbytes for t in records) / 2**20,
         }
-
-
-def _texts(group: Group) -> list[str]:
-    """The responses, then what the predictions of each read; most of these are alike, and the pool judges what differs."""
-    steps = zip(group.step_texts, group.step_index, strict=True)
-    return [*group.texts, *(texts[place] for texts, index in steps for place in index)]
 
 
 def _take_step_rewards(group: Group, verdicts: Sequence[dict[str, float]]) -> None:

@@ -73,7 +73,7 @@ class DecoderConfig:
     schedule: str = "tokens"  # tokens | even | dream | doubling | linear | cosine | pow | log | exp: commits of each step
     tokens_per_step: int = 1  # of schedule tokens
     steps: int = 0  # of a block, for the other schedules; 0: their default
-    select: str = "static"  # which positions commit: see rlpipe.sampling.selection
+    select: str = "static"  # which positions commit: see rlpipe.sampling.selection; guided: see rlpipe.sampling.guidance
     threshold: float = 0.9  # of the confidence, for selectors that have one
     score: str = "max_prob"  # state-only: max_prob | entropy | margin | random | left_to_right; sampled_prob: as published
     confidence: str = "model"  # the distribution that scores are taken from: model (temperature 1) | sampler
@@ -92,13 +92,18 @@ class DecoderConfig:
 @dataclass
 class RolloutConfig:
     workers: int = 2  # processes that sample
+    min_workers: int = 0  # the run starts with so many, the others join as room for them appears; 0: all at once
     cpus: float = 0.5  # Ray CPUs per worker: bookkeeping, not a limit
-    gpus: float = 0.0  # Ray GPUs per worker
+    gpus: float = 0.0  # Ray GPUs per worker; above 1 the model's layers are spread over them
     threads: int = 1  # torch threads per worker
     batch_size: int = 64  # responses of one unit of work, fixed by the driver
     slots: int = 0  # responses of a unit denoised at a time; finished ones make room for the next. 0: all that fit
     timeout_s: float = 600.0  # of one unit of work
     retries: int = 4  # of one unit of work, over all workers
+    transport: str = "auto"  # of weights: auto | store (Ray's objects) | broadcast (NCCL, gloo) | shared (memory of a node)
+    order: str = "in_order"  # of mode async, which finished groups a step takes: in_order of their prompts | freshest weights
+    partial: bool = True  # of mode async: responses under way take new weights between two blocks; else the old ones to the end
+    oversample: float = 1.0  # groups begun for every group that a step trains on; late ones wait for a later step
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
 
@@ -129,7 +134,7 @@ class AlgoConfig:
     clip_high: float = 0.2  # … and above 1 + clip_high
     clip_dual: float = 0.0  # above 1: with a negative advantage A the loss is at most this times |A|; 0: off
     clip_dynamic: bool = False  # bounds that widen for what was unlikely (DCPO) instead of 1 - clip_low and 1 + clip_high
-    importance_cap: float = 2.0  # truncates importance weights of tokens that an approximate or changed sampler drew
+    importance_cap: float = 2.0  # truncates importance weights of tokens that older weights or a changed sampler drew
     kl_coef: float = 0.0  # weight of the KL penalty; 0: none
     kl_estimator: str = "k3"  # k1 | k2 | k3, of each unit of the ratio
     kl_reference: str = "old"  # old: the policy that opened the step | initial | lagged: a copy that follows the policy
@@ -176,6 +181,7 @@ class LearnerConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     bucket_mb: int = 256  # of a weight export
+    restarts: int = 10  # of all ranks from the last checkpoint, when one dies or hangs; more end the run
     timeout_s: float = 1800.0  # of one update
 
 
@@ -211,6 +217,8 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 20  # steps; 0: only at the end
     keep: int = 2  # the newest ones; older are removed
+    path: str = ""  # a folder, or a URL that fsspec knows (s3://…); empty: checkpoints/ in the run's folder
+    background: bool = True  # the state is copied, and written while training goes on
 
 
 @dataclass
@@ -218,6 +226,7 @@ class MonitorConfig:
     wandb: str = "auto"  # auto: online with a login, else offline | online | offline | disabled
     project: str = "rlpipe"  # of W&B
     samples: int = 8  # responses shown and kept a step
+    timeline: bool = True  # what every worker did when, as a trace for chrome://tracing or Perfetto
 
 
 @dataclass
@@ -225,6 +234,20 @@ class ClusterConfig:
     address: str = "auto"  # auto: the job's or a running cluster, else a local one | local | HOST:PORT
     object_store_mb: int = 512  # of a local cluster
     start_timeout_s: float = 300.0  # of placing and starting the workers
+    colocate: list[str] = field(default_factory=list)  # roles that share GPUs and take turns, e.g. [rollout, learner]
+
+
+@dataclass
+class ServerConfig:
+    """A language model behind an OpenAI-compatible server: one that runs somewhere, or one of vLLM started with the run."""
+
+    url: str = ""  # of a server that is there, e.g. http://HOST:8000/v1; empty: one is started for `model`
+    model: str = ""  # a folder or hub id; empty with an empty url: no server
+    gpus: float = 1.0  # Ray GPUs of a server that is started
+    cpus: float = 1.0  # its Ray CPUs
+    args: dict[str, Any] = field(default_factory=dict)  # of `vllm serve`, e.g. {max-model-len: 4096}
+    key_env: str = ""  # environment variable that holds the server's API key
+    start_timeout_s: float = 900.0  # until a server that is started answers
 
 
 @dataclass
@@ -234,6 +257,8 @@ class RunConfig:
     name: str = ""  # of the recipe, filled in when it is loaded
     seed: int = 0  # of data, weights made here and noise; the same seed gives the same run
     steps: int = 80  # of rollout and update
+    mode: str = "sync"  # sync: rollout, then update | async: they overlap
+    max_lag: int = 1  # of mode async: weight versions that a response may be behind the policy it trains; 0: as sync
     output_dir: str = "outputs"  # runs, caches and evaluations go below it
     run_id: str = ""  # empty: the time of the start
     resume: str = "never"  # never | auto: the latest run of this recipe, a new one if there is none | path of a run
@@ -253,3 +278,5 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    judge: ServerConfig = field(default_factory=ServerConfig)  # for the verifiers llm_judge and reward_model
+    guide: ServerConfig = field(default_factory=ServerConfig)  # for decoders with select: guided

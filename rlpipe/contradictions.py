@@ -13,7 +13,10 @@ from rlpipe.decoder_presets import preset_settings
 from rlpipe.errors import ConfigError
 from rlpipe.model_shapes import PUBLISHED, block_of, declared
 from rlpipe.objective_presets import WITHOUT_STEP_MAP, algo_settings
+from rlpipe.overlap_rules import check_overlap
+from rlpipe.placement_rules import check_placement
 from rlpipe.schema import flat, keys
+from rlpipe.server_settings import check_servers
 
 TINY_BLOCK_SIZE = {"tiny:block": 4, "tiny:full": 0}
 CONVERT, CONVERTED_BLOCK_SIZE = "convert:", 4  # model.path=convert:SOURCE, a causal LM made a block diffusion LM
@@ -23,7 +26,7 @@ CHOICES = {
     "rollout.decoder.schedule": ("tokens", "even", "dream", "doubling", "linear", "cosine", "pow", "log", "exp"),
     "rollout.decoder.select": (
         "static", "threshold", "factor", "entropy_bounded", "local_leap", "hierarchical", "block_adaptive", "bernoulli",
-        "prophet", "stable",
+        "prophet", "stable", "guided",
     ),
     "rollout.decoder.score": ("max_prob", "entropy", "margin", "random", "left_to_right", "sampled_prob"),
     "rollout.decoder.confidence": ("model", "sampler"),
@@ -46,6 +49,9 @@ CHOICES = {
     ),
     "algo.groups": ("keep", "drop", "refill"),
     "algo.overlong": ("score", "zero", "drop", "soft"),
+    "mode": ("sync", "async"),
+    "rollout.order": ("in_order", "freshest"),
+    "rollout.transport": ("auto", "store", "broadcast", "shared"),
     "data.bad_records": ("refuse", "skip"),
     "data.curriculum": ("none", "easy_to_hard", "target"),
     "verifier.sandbox": ("auto", "strict", "weak"),
@@ -62,6 +68,7 @@ ABOVE_ZERO = (
     "algo.importance_cap", "learner.workers", "learner.threads", "learner.lr", "learner.eps", "learner.token_budget",
     "learner.bucket_mb", "learner.timeout_s", "value.lr", "value.clip", "eval.prompts", "eval.samples", "checkpoint.keep",
     "cluster.object_store_mb", "cluster.start_timeout_s",
+    "judge.start_timeout_s", "guide.start_timeout_s",
 )  # fmt: skip
 MAY_BE_NEGATIVE = ("algo.accuracy_low", "algo.accuracy_high", "model.mask_token_id")  # rewards need not lie in [0, 1]
 AT_MOST = {
@@ -81,6 +88,16 @@ def check(cfg: RunConfig) -> list[str]:
     _check_model(cfg)
     for name, decoder in (("rollout.decoder", cfg.rollout.decoder), ("eval.decoder", decoder_of_eval(cfg))):
         check_decoder(name, decoder, block_size(cfg))
+        if decoder.select == "guided" and not (cfg.guide.url or cfg.guide.model):
+            raise ConfigError(
+                f"{name}.select=guided: no guide reads the drafts; set guide.url=http://HOST:8000/v1 of a server that is "
+                "there, or guide.model=FOLDER to start one"
+            )
+    if cfg.rollout.decoder.select == "guided" and cfg.rollout.decoder.options.get("correct"):
+        raise ConfigError(
+            "rollout.decoder.options.correct=true: the guide writes the text, so the samples of a prompt are alike and teach "
+            "the policy nothing; set correct=false (rollout.decoder.preset=freecache_guided), and keep it for eval.decoder"
+        )
     if cfg.eval.hex and (block_size(cfg) or min(cfg.eval.hex) < 1):
         raise ConfigError(
             f"eval.hex={cfg.eval.hex}: block lengths of at least 1, for a model with full attention; a block model has one"
@@ -91,7 +108,9 @@ def check(cfg: RunConfig) -> list[str]:
     _check_learner(cfg)
     _check_data(cfg)
     _check_value(cfg)
-    return _warnings(cfg)
+    check_placement(cfg)
+    check_servers(cfg)
+    return check_overlap(cfg) + _warnings(cfg)
 
 
 VALUED = ("tracerl", "dipo", "cj_grpo")  # methods whose rows replay a rollout, each token in one row

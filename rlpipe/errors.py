@@ -31,12 +31,24 @@ class WorkerLost(ClusterError):
     """A worker died more often than its retry budget allows."""
 
 
+class LearnerLost(ClusterError):
+    """A learner rank died, hung or lost its peers: all ranks start anew from the last checkpoint."""
+
+
+class Interrupted(RlpipeError):
+    """The run was asked to end (SIGTERM, a machine that is taken away): it saves what it has and leaves."""
+
+
 class RolloutFailed(RlpipeError):
     """Sampling failed for a unit of work, after retries. Never recorded as an empty response."""
 
 
 class VerifierFailed(RlpipeError):
     """Scoring failed for a group, after retries. Never recorded as a reward of 0."""
+
+
+class ServerError(RlpipeError):
+    """A server of a language model cannot be reached, refuses a request, or answers what cannot be read."""
 
 
 class SandboxError(RlpipeError):

@@ -1,6 +1,8 @@
 """The entry: `python -m rlpipe.run recipe=NAME [key=value …]`.
 
-Exit codes: 0 done, 1 the run failed, 2 the recipe, the data or the model is not usable, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the recipe, the data or the model is not usable, 75 asked to end by SIGTERM or SIGUSR1
+(the last finished step is saved; see `rlpipe.interruption` for why 75), 130 by Ctrl-C. After 75 and 130 the same command with
+resume=auto goes on. `rlpipe.supervise` repeats a run that died, and leaves these alone.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rlpipe import interruption
 from rlpipe.config import RunConfig, SftConfig
 from rlpipe.contradictions import CONVERT
-from rlpipe.errors import CheckpointError, ConfigError, DataError, ModelError, RlpipeError
+from rlpipe.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, RlpipeError
+from rlpipe.run_names import folders_of, free_folder
 
 log = logging.getLogger("rlpipe")
+GO_ON = "the same command with resume=auto continues from the last checkpoint, if one was written"
 
 
 def main(arguments: list[str] | None = None, command: Callable[[list[str]], int] | None = None) -> int:
@@ -27,8 +32,12 @@ def main(arguments: list[str] | None = None, command: Callable[[list[str]], int]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
+    interruption.install()
     try:
         return (command or run)(sys.argv[1:] if arguments is None else arguments)
+    except Interrupted as error:
+        print(f"{error}; {GO_ON}", file=sys.stderr, flush=True)
+        return 130 if interruption.requested() == "SIGINT" else interruption.EXIT_CODE
     except (ConfigError, DataError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -36,8 +45,10 @@ def main(arguments: list[str] | None = None, command: Callable[[list[str]], int]
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command with resume=auto continues from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; {GO_ON}", file=sys.stderr)
         return 130
+    finally:
+        interruption.uninstall()
 
 
 def run(arguments: list[str]) -> int:
@@ -51,7 +62,7 @@ def run(arguments: list[str]) -> int:
     cfg = without_links(recipe.load(arguments))
     warnings = recipe.check(cfg)
     if cfg.dry_run:
-        print(describe(cfg, cluster_resources(cfg)))
+        print(describe(cfg, *cluster_resources(cfg)))
         for warning in warnings:
             print(f"warning: {warning}")
         return 0
@@ -70,6 +81,8 @@ def run(arguments: list[str]) -> int:
 
 def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warnings: list[str]) -> int:
     """Connect, build the driver, run it, leave a summary."""
+    from rlpipe.checkpoint import Checkpoints
+    from rlpipe.crew import Crew
     from rlpipe.data import pass_rates, report
     from rlpipe.data.source import Cursor
     from rlpipe.driver import Driver
@@ -83,11 +96,17 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         if report.write(source.reports, run_dir / report.NAME):
             monitor.note(f"records that were left out: {run_dir / report.NAME}")
         stage.connect(needed)
+        interruption.install()  # Ray puts a handler of its own there, which ends the process without a word
         with monitor.phase("warm start on demonstrations", cfg.warm_start.steps) as phase:
             folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
         cursor = Cursor(source, pass_rates.PassRateLog(run_dir / pass_rates.NAME))
-        placement = stage.place(needed)
-        stage.run(Driver(cfg, run_dir, monitor, source, cursor, str(folder.resolve()), placement, resume_from))
+        monitor.watch()
+        monitor.note("starting the workers")
+        place = stage.place(needed)
+        crew = Crew.start(cfg, run_dir, str(folder.resolve()), source.verifier, place, monitor.timeline.span)
+        told = {"warn": monitor.warn, "note": monitor.note, "timeout_s": cfg.learner.timeout_s}
+        checkpoints = Checkpoints(cfg.checkpoint, run_dir, **told)
+        stage.run(Driver(cfg, monitor, source, cursor, crew, checkpoints, resume_from))
     return 0
 
 
@@ -107,14 +126,14 @@ def _followed(path: str) -> str:
     return os.path.realpath(path) if os.path.isabs(path) else os.path.relpath(os.path.realpath(path))
 
 
-def cluster_resources(cfg: RunConfig) -> dict[str, float] | None:
-    """Of the cluster that the run would join; None if it would start its own on this machine."""
+def cluster_resources(cfg: RunConfig) -> tuple[dict[str, float] | None, list[dict[str, float]]]:
+    """Of the cluster that the run would join, and of each of its machines; (None, []) if it would start its own on this one."""
     from rlpipe import cluster
 
     if not cluster.address_to_join(cfg.cluster):
-        return None
+        return None, []
     cluster.connect(cfg.cluster, need_cpus=0, need_gpus=0)
-    resources = cluster.resources()
+    resources = cluster.resources(), cluster.machines()
     cluster.disconnect()
     return resources
 
@@ -159,30 +178,40 @@ def check_parts(cfg: RunConfig, source, size: int) -> None:
 
 
 def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to resume from or None). `resume=auto` looks at the latest run of the recipe."""
-    from rlpipe import checkpoint
-    from rlpipe.monitor.latest import latest_run
+    """(run folder, checkpoint to resume from or None). `resume=auto` looks at the run that run_id names, without one at the
+    run of the recipe whose checkpoint under checkpoint.path is the newest, or without that at the latest on this machine.
+    Damaged checkpoints are passed over. Raises CheckpointError if there is none but damaged ones."""
+    from rlpipe.checkpoint import Checkpoints, unpack
 
     home = Path(cfg.output_dir) / cfg.name
     if cfg.resume == "auto":
-        run_dir = latest_run(home)
-        if run_dir is not None:
-            saved = checkpoint.complete(run_dir)
-            if saved:
-                return run_dir, saved[-1]
+        for run_dir in earlier_runs(cfg, home):
+            newest = Checkpoints(cfg.checkpoint, run_dir).newest()
+            if newest is not None:
+                unpack(newest, run_dir)
+                return run_dir, newest
             log.info("resume=auto: %s has no complete checkpoint yet; starting anew", run_dir)
     elif cfg.resume != "never":
         run_dir = Path(cfg.resume)
-        saved = checkpoint.complete(run_dir)
-        if not saved:
+        newest = Checkpoints(cfg.checkpoint, run_dir).newest()
+        if newest is None:
             raise CheckpointError(f"resume={cfg.resume}: no complete checkpoint under {run_dir / 'checkpoints'}")
-        return run_dir, saved[-1]
-    name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S")
-    run_dir, copy = home / name, 1
-    while run_dir.exists():
-        copy += 1
-        run_dir = home / f"{name}-{copy}"
-    return run_dir, None
+        return run_dir, newest
+    return free_folder(home, cfg.run_id or time.strftime("%Y%m%d-%H%M%S")), None
+
+
+def earlier_runs(cfg: RunConfig, home: Path) -> list[Path]:
+    """Folders of runs that resume=auto may continue, the best first; one that this machine has never seen may not be there."""
+    from rlpipe.checkpoint import find_run
+    from rlpipe.monitor.latest import latest_run
+
+    def wanted(name: str) -> bool:
+        return not cfg.run_id or name == cfg.run_id or name.removeprefix(f"{cfg.run_id}-").isdecimal()
+
+    known = find_run(cfg.checkpoint.path, cfg.name, wanted) if cfg.checkpoint.path else None
+    latest = latest_run(home)
+    here = reversed(folders_of(home, cfg.run_id)) if cfg.run_id else [latest] if latest is not None else []
+    return [*([home / known] if known else []), *here]
 
 
 def finished(cfg: RunConfig, resume_from: Path) -> bool:

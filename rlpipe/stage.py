@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from rlpipe import checkpoint, cluster, recipe
 from rlpipe.cluster import Placement, Role
 from rlpipe.config import RunConfig
 from rlpipe.monitor.monitor import Monitor
+
+CONFIG = "config.yaml"
 
 
 class Stage:
@@ -25,9 +28,11 @@ class Stage:
         self.placement: Placement | None = None
         saved = checkpoint.read_state(resume_from) if resume_from else None
         if saved:
-            changes = recipe.differences(recipe.load([f"recipe={run_dir / 'config.yaml'}"]), cfg)
-            shape = {"workers": cfg.learner.workers, "zero_stage": cfg.learner.zero_stage}
-            checkpoint.check_fits(resume_from, saved, fingerprint=recipe.fingerprint(cfg), changes=changes, learner=shape)
+            # Another number of ranks, or ZeRO stage, can load it; so these two are compared with themselves.
+            same = replace(cfg, learner=replace(cfg.learner, **saved["learner"]))
+            of_run = next(path for path in (resume_from / CONFIG, run_dir / CONFIG) if path.exists() or path.parent == run_dir)
+            changes = recipe.differences(recipe.load([f"recipe={of_run}"]), same)
+            checkpoint.check_fits(resume_from, saved, fingerprint=recipe.fingerprint(same), changes=changes)
         state = {"step": saved["step"], **saved["monitor"]} if saved else None
         self.monitor = Monitor(run_dir, cfg, config_yaml=recipe.to_yaml(cfg), resume=state, **of_monitor)
 

@@ -1,4 +1,4 @@
-"""Collecting a step's groups: filtering, refilling, failed groups, step rewards; with pools that answer from a script."""
+"""A step's groups: filtering, refilling, failed groups, step rewards; with pools that answer from a script."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_trajectory import MONOTONE, trajectory
 
-from rlpipe.collection import Collector
 from rlpipe.config import RunConfig
 from rlpipe.errors import NoLiveGroups, VerifierFailed
+from rlpipe.feed import Feed
 from rlpipe.objectives.objective import build_objective
 from rlpipe.objectives.overlong import penalty
 from rlpipe.rollout.pool import Group
@@ -23,27 +23,46 @@ class Script:
     rewards: list
     taken: int = 0
     warnings: list = field(default_factory=list)
-    asked: int = 0
-    judged: int = 0
     rates: dict = field(default_factory=dict)
     stops: str = ""  # of a group's responses: l for length, anything else for eos
+
+    units_waiting = 0
+
+    @property
+    def index(self):
+        return self.taken
 
     def take(self, count):
         self.taken += count
         return [Prompt(uid=f"p/{i}", task="t", text="q") for i in range(self.taken - count, self.taken)]
 
-    def generate(self, prompts, samples, decoder, *, what, predictions=0):
+    def submit(self, *args, **settings):
+        """Of rollouts: prompts, samples, decoder, take; of verifiers: items, take. Both answer at once."""
+        if len(args) == 2:
+            return self.judge(*args)
+        prompts, samples, _, take = args
+        for index, prompt in enumerate(prompts):
+            group, counters = self.group(prompt, samples, settings["predictions"])
+            take(index, group, counters)
+        return []
+
+    def group(self, prompt, samples, predictions):
         assert not predictions
-        groups = [Group(p, [self.record(p.uid, sample) for sample in range(samples)], ["x"] * samples) for p in prompts]
-        return groups, EngineCounters(tokens=3 * samples * len(prompts), responses=samples * len(prompts))
+        records = [self.record(prompt.uid, sample) for sample in range(samples)]
+        return Group(prompt, records, ["x"] * samples), EngineCounters(tokens=3 * samples, responses=samples)
+
+    def judge(self, items, take):
+        take(self.score_groups([items])[0])
+        return len(items), self.count_judged(items)
+
+    def count_judged(self, items):
+        return 1
 
     def record(self, uid, sample):
         stop = "length" if self.stops[sample : sample + 1] == "l" else "eos"
         return replace(trajectory(MONOTONE, uid=uid, sample=sample), stop=stop)
 
     def score_groups(self, groups):
-        self.asked += sum(map(len, groups))
-        self.judged += len(groups)
         rewards = [self.rewards[int(group[0][0].uid[2:])] for group in groups]
         return [VerifierFailed("it hung") if r is None else [self.verdict(v) for v in r] for r in rewards]
 
@@ -70,8 +89,15 @@ def collect(rewards, failed_share=0.25, stops="", **algo):
     for name, value in algo.items():
         setattr(cfg.algo, name, value)
     script = Script(rewards, stops=stops)
-    collector = Collector(cfg, script, script, script, build_objective(cfg.algo), script)
-    return collector.collect(5), script
+    return take(cfg, script), script
+
+
+def take(cfg, script):
+    """The harvest of step 5."""
+    feed = Feed(cfg, script, script, script, build_objective(cfg.algo), script)
+    feed.step = 5
+    feed.publish(4)
+    return feed.take(5)
 
 
 def test_groups_without_signal_are_replaced_by_fresh_prompts():
@@ -119,7 +145,7 @@ def test_a_failed_group_goes_whole_and_too_many_stop_the_run():
     assert [g.prompt.uid for g in harvest.groups] == ["p/0", "p/1", "p/3"]
     assert harvest.metrics["reward/failed_groups"] == 1 and "it hung" in script.warnings[0]
     assert harvest.metrics["reward/mean"] == pytest.approx(0.25), "a failure is not a reward of 0"
-    with pytest.raises(VerifierFailed, match="2 of 3 groups.*it hung"):
+    with pytest.raises(VerifierFailed, match="1 of 3 groups.*it hung"):
         collect([None, None, MIXED])
 
 
@@ -172,22 +198,20 @@ class StepScript(Script):
 
     texts: list = field(default_factory=list)
 
-    def generate(self, prompts, samples, decoder, *, what, predictions=0):
+    def group(self, prompt, samples, predictions):
         assert predictions == 2, "the planner's stride"
-        groups = []
-        for prompt in prompts:
-            paths = [path.split() for path in self.rewards[int(prompt.uid[2:])]]
-            records = [replace(trajectory(MONOTONE, uid=prompt.uid, sample=s), predictions=STEPS) for s in range(len(paths))]
-            texts = [tuple(dict.fromkeys(path)) for path in paths]
-            index = [np.array([own.index(text) for text in path]) for own, path in zip(texts, paths, strict=True)]
-            answers = [path[-1] for path in paths]
-            groups.append(Group(prompt, records, answers, step_texts=texts, step_index=index))
-        return groups, EngineCounters(tokens=1, responses=1)
+        paths = [path.split() for path in self.rewards[int(prompt.uid[2:])]]
+        records = [replace(trajectory(MONOTONE, uid=prompt.uid, sample=s), predictions=STEPS) for s in range(len(paths))]
+        texts = [tuple(dict.fromkeys(path)) for path in paths]
+        index = [np.array([own.index(text) for text in path]) for own, path in zip(texts, paths, strict=True)]
+        made = Group(prompt, records, [path[-1] for path in paths], step_texts=texts, step_index=index)
+        return made, EngineCounters(tokens=1, responses=1)
+
+    def count_judged(self, items):
+        return len({text for _, text in items})
 
     def score_groups(self, groups):
         self.texts += [[text for _, text in group] for group in groups]
-        self.asked += sum(map(len, groups))
-        self.judged += sum(len({text for _, text in group}) for group in groups)
         return [
             VerifierFailed("it hung")
             if any(text[0] == "x" for _, text in group)
@@ -204,7 +228,7 @@ def collect_steps(paths, **algo):
     for name, value in algo.items():
         setattr(cfg.algo, name, value)
     script = StepScript(paths)
-    return Collector(cfg, script, script, script, build_objective(cfg.algo), script).collect(5), script
+    return take(cfg, script), script
 
 
 def test_predictions_are_scored_with_the_responses_and_steps_get_their_rewards():

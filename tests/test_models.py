@@ -8,12 +8,11 @@ import torch
 from tiny_models import ALPHABET, prompts, sample, tiny
 
 from rlpipe.config import ModelConfig
-from rlpipe.errors import ConfigError, ModelError, WeightMismatch
+from rlpipe.errors import ConfigError, ModelError
 from rlpipe.models.loading import load_model, load_tokenizer, read_spec, save_model
 from rlpipe.models.spec import DiffusionSpec
 from rlpipe.models.tiny import build_tiny
 from rlpipe.models.tokenizer import character_tokenizer
-from rlpipe.models.weights import Manifest, checksum, fill_bucket, load_buckets, split_buckets
 
 
 def test_characters_round_trip(tmp_path):
@@ -108,42 +107,3 @@ def test_unknown_tiny_models_are_refused():
         build_tiny(ModelConfig(path="tiny:blok"), ALPHABET, 0)
     with pytest.raises(ConfigError, match="heads"):
         build_tiny(ModelConfig(width=30), ALPHABET, 0)
-
-
-def packed(model, bucket_bytes: int, version: int = 3):
-    named = list(model.lm.named_parameters())
-    buckets, entries = [], []
-    for number, indices in enumerate(split_buckets([p.nbytes for _, p in named], bucket_bytes)):
-        bucket, part = fill_bucket([named[i] for i in indices], number)
-        buckets.append(bucket)
-        entries += part
-    return Manifest(version, tuple(entries), checksum(buckets)), buckets
-
-
-@pytest.mark.parametrize("bucket_bytes", (1, 10_000, 10**9))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_weights_arrive_to_the_bit_and_in_place(bucket_bytes, dtype):
-    source, _ = build_tiny(ModelConfig(layers=1, width=32, heads=2, mlp=64), ALPHABET, 1)
-    target, _ = build_tiny(ModelConfig(layers=1, width=32, heads=2, mlp=64), ALPHABET, 2)
-    source, target = source.to(dtype), target.to(dtype)
-    storage = target.lm.lm_head.weight.data_ptr()
-    manifest, buckets = packed(source, bucket_bytes)
-    load_buckets(target.lm, manifest, buckets)
-    assert target.lm.lm_head.weight.data_ptr() == storage
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    assert manifest.nbytes == sum(p.nbytes for p in source.parameters())
-
-
-def test_damaged_or_foreign_weights_are_refused_before_anything_changes():
-    source, _ = build_tiny(ModelConfig(layers=1, width=32, heads=2, mlp=64), ALPHABET, 1)
-    target, _ = build_tiny(ModelConfig(layers=1, width=32, heads=2, mlp=64), ALPHABET, 2)
-    other, _ = build_tiny(ModelConfig(layers=2, width=32, heads=2, mlp=64), ALPHABET, 2)
-    before = [p.detach().clone() for p in target.parameters()]
-    manifest, buckets = packed(source, 10_000)
-    buckets[0] = buckets[0].copy()
-    buckets[0][7] ^= 1
-    with pytest.raises(WeightMismatch, match="damaged"):
-        load_buckets(target.lm, manifest, buckets)
-    with pytest.raises(WeightMismatch, match="differ"):
-        load_buckets(other.lm, *packed(source, 10_000))
-    assert all(torch.equal(a, b) for a, b in zip(before, target.parameters(), strict=True))

@@ -204,11 +204,10 @@ def test_enumerations_are_those_of_the_code():
     from rlpipe.objectives.reducers import KL_NORMALIZERS, NORMALIZERS
     from rlpipe.objectives.units import UNITS
     from rlpipe.sampling.caching import CACHES
-    from rlpipe.sampling.decoder import FUSIONS, STOPS
+    from rlpipe.sampling.decoder import FUSIONS, SELECTS, STOPS
     from rlpipe.sampling.editing import EDITORS
     from rlpipe.sampling.schedule import SCHEDULES
     from rlpipe.sampling.scoring import SCORERS
-    from rlpipe.sampling.selection import SELECTORS
 
     assert set(CHOICES["model.dtype"]) == set(DTYPES)
     assert set(ALGO_PRESETS) == set(PRESETS)
@@ -220,7 +219,7 @@ def test_enumerations_are_those_of_the_code():
     assert set(CHOICES["algo.kl_normalizer"]) == {"", *KL_NORMALIZERS}
     assert set(CHOICES["rollout.decoder.score"]) == set(SCORERS)
     assert CHOICES["rollout.decoder.schedule"] == SCHEDULES
-    assert set(CHOICES["rollout.decoder.select"]) == set(SELECTORS)
+    assert set(CHOICES["rollout.decoder.select"]) == set(SELECTS)
     assert set(CHOICES["rollout.decoder.fuse"]) == {"none", *FUSIONS}
     assert set(CHOICES["rollout.decoder.cache"]) == {"auto", *CACHES}
     assert set(CHOICES["rollout.decoder.edit"]) == {"none", *EDITORS}

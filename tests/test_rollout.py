@@ -1,19 +1,25 @@
 """The rollout worker without Ray: its stream, its counters, and what it does when memory is short."""
 
 import dataclasses
+import threading
+import time
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import prompts, tiny
 
 from rlpipe.config import DecoderConfig, ModelConfig
 from rlpipe.errors import ConfigError, RolloutFailed, WeightMismatch
-from rlpipe.models.loading import save_model
+from rlpipe.models.loading import load_model, save_model
+from rlpipe.models.weights import Layout, combined, digest, pack
 from rlpipe.rollout.worker import GONE, RolloutRequest, RolloutWorker, free_memory, slots_that_fit, up_to_eos
 from rlpipe.sampling.decoder import Decoder
 from rlpipe.sampling.engine import Engine
 from rlpipe.sampling.request import Request
 from rlpipe.trajectory import Prompt
+from rlpipe.transport.store import Stored
+from rlpipe.transport.update import WeightUpdate
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,96 @@ def test_groups_stream_as_they_are_done_and_slots_change_nothing(folder):
 def test_other_weights_are_refused(folder):
     with pytest.raises(WeightMismatch, match="version 7, asked for 8"):
         next(worker(folder).generate(request(version=8)))
+
+
+def update(folder: str, version: int, scale: float = 1.0) -> WeightUpdate:
+    """The folder's weights, times `scale`, in one bucket."""
+    parameters = dict(load_model(folder).lm.named_parameters())
+    layout = Layout.plan([(name, p.dtype, tuple(p.shape)) for name, p in parameters.items()], 2**30)
+    bucket = torch.zeros(layout.sizes[0], dtype=torch.uint8)
+    pack([p.detach() * scale for p in parameters.values()], layout.entries, bucket)
+    digests = (digest(bucket),)
+    return WeightUpdate(version, layout, Stored((bucket.numpy(),), digests), checksum=combined(digests))
+
+
+def test_weights_arrive_between_units_and_inside_one_between_blocks(folder):
+    made = worker(folder)
+    assert made.load_weights(update(folder, 8)) == (8, update(folder, 8).checksum)
+    parts = made.generate(request(samples=2, version=8))
+    first = next(parts)
+    assert {v for t in first.trajectories for v in t.versions} == {8}
+    replies = []
+    loading = threading.Thread(target=lambda: replies.append(made.load_weights(update(folder, 9, 0.5))))
+    loading.start()
+    while made.offer is None and loading.is_alive():
+        time.sleep(0.001)
+    rest = list(parts)
+    loading.join(10)
+    assert replies == [(9, update(folder, 9, 0.5).checksum)] and made.version == 9 and made.offer is None
+    seen = [t.versions.tolist() for part in rest for t in part.trajectories]
+    assert all(own == sorted(own) and set(own) <= {8, 9} for own in seen), "a block has one version, and it never falls"
+
+
+def test_an_update_that_finds_no_moment_in_a_unit_is_taken_after_it(folder):
+    made = worker(folder)
+    made.load_weights(update(folder, 8))
+    parts = list(made.generate(request(version=8)))
+    assert len(parts) == 3 and made.session is None
+    session = made._open(request(version=8))  # a unit that never steps again
+    assert session is made.session
+    replies = []
+    loading = threading.Thread(target=lambda: replies.append(made.load_weights(update(folder, 9))))
+    loading.start()
+    while made.offer is None:
+        time.sleep(0.001)
+    made._close("")
+    loading.join(10)
+    assert replies[0][0] == 9 and made.version == 9
+
+
+def test_a_newer_update_overtakes_one_that_still_waits(folder):
+    made = worker(folder)
+    made.load_weights(update(folder, 8))
+    made._open(request(version=8))
+    replies, refusals = [], []
+
+    def load(version):
+        try:
+            replies.append(made.load_weights(update(folder, version)))
+        except WeightMismatch as error:
+            refusals.append(str(error))
+
+    threads = []
+    for version in (9, 10):
+        threads.append(threading.Thread(target=load, args=(version,)))
+        threads[-1].start()
+        while made.offer is None or made.offer.update.version != version:
+            time.sleep(0.001)
+    made._close("")
+    for thread in threads:
+        thread.join(10)
+    assert [version for version, _ in replies] == [10] and "version 9 were not taken" in refusals[0]
+
+
+def test_damaged_weights_are_refused_and_nothing_is_sampled_with_them(folder):
+    made = worker(folder)
+    good = update(folder, 8)
+    bucket = good.carrier.buckets[0].copy()
+    bucket[7] ^= 1
+    with pytest.raises(WeightMismatch, match="damaged"):
+        made.load_weights(dataclasses.replace(good, carrier=Stored((bucket,), good.carrier.digests)))
+    with pytest.raises(WeightMismatch, match="version -1"):
+        next(made.generate(request(version=7)))
+
+
+def test_a_unit_that_nobody_wants_any_more_ends(folder):
+    made = worker(folder, slots=1)
+    asked = dataclasses.replace(request(), unit="17")
+    parts = made.generate(asked)
+    next(parts)
+    made.abort("17")
+    assert list(parts) == [] and made.session is None and not made.aborted
+    assert len(list(made.generate(request()))) == 3
 
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic():

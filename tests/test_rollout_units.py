@@ -1,8 +1,8 @@
 """Units of work: prompts of one block size together, every prompt once, the recipe's decoder unless a prompt says otherwise."""
 
 import dataclasses
+import itertools
 import random
-from types import SimpleNamespace
 
 from rlpipe.config import RolloutConfig
 from rlpipe.rollout.pool import RolloutPool, units_of_work
@@ -12,22 +12,26 @@ from rlpipe.trajectory import Prompt
 
 
 class Workers:
-    """Answers every request with the block size it was decoded in, one part a prompt, the last unit first."""
+    """Answers every request with the block size it was decoded in, one part a prompt, the last prompt of a unit first."""
 
-    def stream(self, calls, *, timeout_s, what):
-        for unit, call in reversed(list(enumerate(calls))):
-            request = call.args[0]
-            for place, prompt in enumerate(request.prompts):
-                text = f"{prompt.uid} in {request.decoder.block_size}"
-                yield unit, RolloutPart(place, [], (text,) * request.samples, EngineCounters())
-            yield unit, None
+    def submit(self, call, take, *, timeout_s, what, urgency):
+        request = call.args[0]
+        for place, prompt in reversed(list(enumerate(request.prompts))):
+            text = f"{prompt.uid} in {request.decoder.block_size}"
+            part = RolloutPart(place, [], (text,) * request.samples, EngineCounters())
+            take(part, True)
+            take(part, True)  # a unit that is tried again gives its parts again
+        take(None, False)
+
+    def cancel(self, ticket, abort):
+        pass
 
 
 def generate(sizes, samples=2, batch_size=4, recipe=0, decoder=None):
     pool = object.__new__(RolloutPool)
     pool.cfg, pool.seed, pool.pool = RolloutConfig(batch_size=batch_size), 0, Workers()
     pool.cfg.decoder.block_size = recipe
-    pool.current = SimpleNamespace(manifest=SimpleNamespace(version=1))
+    pool.version, pool._units = 1, itertools.count(1)
     prompts = [Prompt(uid=str(i), task="t", text="q", block_size=size) for i, size in enumerate(sizes)]
     chosen = dataclasses.replace(pool.cfg.decoder, block_size=recipe if decoder is None else decoder)
     groups, _ = pool.generate(prompts, samples, chosen, what="test")

@@ -43,9 +43,9 @@ def finish(process: subprocess.Popen, folder: Path) -> Path:
 
 
 def metrics(run: Path) -> list[dict]:
-    """metrics.jsonl without what measures time and faults."""
+    """metrics.jsonl without what measures time, machines and faults."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "cluster/"))} for line in lines]
 
 
 def weights(run: Path, step: int = 6) -> bytes:
@@ -133,7 +133,7 @@ def test_killed_workers_change_nothing(baseline, tmp_path):
     assert metrics(run) == metrics(baseline)
     assert weights(run) == weights(baseline)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["perf/restarts"] >= 1, f"killed {killed}, but nothing was restarted"
+    assert last["cluster/restarts"] >= 1, f"killed {killed}, but nothing was restarted"
 
 
 def test_kill_everything_and_resume_is_bit_identical(baseline, tmp_path):
@@ -155,6 +155,54 @@ def test_kill_everything_and_resume_is_bit_identical(baseline, tmp_path):
     refused = start(tmp_path, "resume=auto", "steps=8", "learner.lr=0.1")
     assert refused.wait(timeout=100) == 1
     assert "learner.lr" in (tmp_path / "console.txt").read_text().split("finished")[-1]
+
+
+def test_async_without_lag_is_sync_to_the_bit(baseline, tmp_path):
+    run = finish(start(tmp_path, "mode=async", "max_lag=0", "rollout.workers=3"), tmp_path)
+    assert metrics(run) == metrics(baseline)
+    assert weights(run) == weights(baseline)
+    assert (run / "prompts.jsonl").read_bytes() == (baseline / "prompts.jsonl").read_bytes()
+
+
+def test_roles_that_take_turns_give_the_same_run(baseline, tmp_path):
+    run = finish(start(tmp_path, "cluster.colocate=[rollout,learner]", "rollout.workers=1"), tmp_path)
+    assert metrics(run) == metrics(baseline)
+    assert weights(run) == weights(baseline)
+
+
+def test_with_lag_the_bound_holds_and_every_prompt_has_one_fate(tmp_path):
+    run = finish(start(tmp_path, "mode=async", "max_lag=2", "steps=8", "rollout.workers=3", "checkpoint.every=1"), tmp_path)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("rollout/lag_max", 0) for line in lines) <= 2
+    fates = [json.loads(line) for line in (run / "prompts.jsonl").read_text().splitlines()]
+    used = [index for line in fates for fate in ("trained", "without_signal", "failed") for index in line[fate]]
+    state = json.loads((run / "checkpoints" / "step_000008" / "driver.json").read_text())
+    assert len(used) == len(set(used)) and sorted({*used, *state["pending"]}) == list(range(state["cursor"]["index"]))
+    assert (run / "timeline.json").stat().st_size > 0
+
+
+def test_a_killed_learner_rank_takes_the_run_back_to_its_checkpoint_and_no_further(baseline, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, process, 3)
+    victims = [p for p in tree(process) if "ray::LearnerWorker" in title(p)]
+    victims[0].kill()
+    run = finish(process, tmp_path)
+    assert metrics(run) == metrics(baseline)
+    assert weights(run) == weights(baseline)
+    log = (run / "log.txt").read_text()
+    assert "learner lost (1 of at most 10 times)" in log and "back to step" in log
+    assert json.loads((run / "summary.json").read_text())["cluster"]["rollbacks"] == 1
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_where_it_was(baseline, tmp_path):
+    process = start(tmp_path, "checkpoint.every=0")
+    wait_for_step(tmp_path, process, 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=200) == 75, (tmp_path / "console.txt").read_text()[-3000:]
+    assert "resume=auto" in (tmp_path / "console.txt").read_text()
+    run = finish(start(tmp_path, "resume=auto", "checkpoint.every=0"), tmp_path)
+    assert metrics(run) == metrics(baseline)
+    assert weights(run) == weights(baseline)
 
 
 EVERYTHING = [

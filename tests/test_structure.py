@@ -13,16 +13,21 @@ from rlpipe import schema
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rlpipe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CONFIG_LEAVES = 155  # every new one is a decision
+CONFIG_LEAVES = 181  # every new one is a decision
 FLOORS = (  # imports go down only; units of one floor do not import each other
     {"errors"},
-    {"trajectory", "config", "voting", "user_code", "sandbox", "model_shapes"},
-    {"cluster", "schema", "decoder_presets", "objective_presets"},
-    {"actor_pool", "contradictions"},
-    {"models"},
-    {"sampling", "objectives", "verifiers", "data"},
-    {"rollout", "learner", "monitor", "warm_start", "parity", "checkpoint", "recipe"},
-    {"collection", "evaluation", "plan", "stage"},
+    {"trajectory", "config", "voting", "user_code", "sandbox", "model_shapes", "usage", "interruption", "run_names"},
+    {"bundles", "actor_slot", "server_settings"},
+    {"placement"},
+    {"cluster", "schema", "decoder_presets", "objective_presets", "placement_rules", "overlap_rules"},
+    {"actor_dispatch", "contradictions"},
+    {"actor_pool"},
+    {"models", "serving"},
+    {"sampling", "objectives", "verifiers", "data", "transport"},
+    {"monitor", "warm_start", "parity", "checkpoint", "recipe"},
+    {"rollout", "learner"},
+    {"collection", "evaluation", "plan", "stage", "weight_sync", "supervise", "turns"},
+    {"feed", "crew"},
     {"driver"},
     {"run"},
     {"eval"},

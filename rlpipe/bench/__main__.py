@@ -33,11 +33,39 @@ def _verifiers(arguments: list[str]) -> None:
     main(arguments)
 
 
+def _guided(arguments: list[str]) -> None:
+    from rlpipe.bench.guided import main
+
+    main(arguments)
+
+
+def _driver(arguments: list[str]) -> None:
+    from rlpipe.bench.driver import main
+
+    main(arguments)
+
+
+def _overlap(arguments: list[str]) -> None:
+    from rlpipe.bench.overlap import main
+
+    main(arguments)
+
+
+def _sync(arguments: list[str]) -> None:
+    from rlpipe.bench.sync import main
+
+    main(arguments)
+
+
 BENCHES: dict[str, Callable[[list[str]], None]] = {
     "rollout": _rollout,
     "learner": _learner,
     "presets": _presets,
     "verifiers": _verifiers,
+    "guided": _guided,
+    "driver": _driver,
+    "sync": _sync,
+    "overlap": _overlap,
 }
 
 

@@ -25,12 +25,13 @@ SHAPES = {  # layers · width · MLP width · heads · key-value heads · head w
     "3m": (5, 192, 576, 6, 6, 32, 2048),
     "30m": (8, 512, 1536, 8, 4, 64, 4096),
     "30m-32k": (5, 512, 1536, 8, 4, 64, 32768),  # input and output embeddings tied: half of the parameters
+    "135m": (30, 576, 1536, 9, 3, 64, 49152),  # as SmolLM2-135M
     "sdar-1.7b": (28, 2048, 6144, 16, 8, 128, 151936),
     "sdar-4b": (36, 2560, 9728, 32, 8, 128, 151936),
 }
 LARGE = ("sdar-1.7b", "sdar-4b")
-TIED = ("30m-32k", "sdar-1.7b")
-NAMES = ("3m", "30m", "30m-32k", "3m:full", "30m:full", *KINDS, *LARGE)
+TIED = ("30m-32k", "135m", "sdar-1.7b")
+NAMES = ("3m", "30m", "30m-32k", "135m", "3m:full", "30m:full", *KINDS, *LARGE)
 
 
 def build(name: str, *, device: str, dtype: str, seed: int) -> DiffusionLM:

@@ -121,7 +121,7 @@ def _typed(key: str, text: str, kind: type) -> Any:
 
 def _check(settings: Any) -> None:
     for name in (f.name for f in fields(settings) if type(f.default) is int):
-        least = 0 if name in ("slots", "threads", "seed", "sequential_n") else 1
+        least = 0 if name in ("slots", "threads", "seed", "sequential_n", "zero_stage", "lora") else 1
         if getattr(settings, name) < least:
             raise ConfigError(f"{name}={getattr(settings, name)}: it must be at least {least}")
     if not hasattr(settings, "device"):
@@ -132,7 +132,7 @@ def _check(settings: Any) -> None:
         if settings.sequential_n > settings.n:
             raise ConfigError(f"sequential_n={settings.sequential_n}: it must be between 0 (all) and n={settings.n}")
     for name, known in choices.items():
-        if getattr(settings, name) not in known:
+        if getattr(settings, name, known[0]) not in known:
             raise ConfigError(f"{name}={getattr(settings, name)}: known are {', '.join(known)}")
     for name in ("peak_tflops", "bandwidth_tbs"):
         if getattr(settings, name, 1.0) <= 0:

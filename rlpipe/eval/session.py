@@ -24,6 +24,7 @@ from rlpipe.models.spec import DiffusionSpec
 from rlpipe.monitor.console import Console
 from rlpipe.monitor.latest import latest_run
 from rlpipe.rollout.pool import RolloutPool
+from rlpipe.server_settings import ROLES
 from rlpipe.trajectory import Prompt
 from rlpipe.verifiers.pool import VerifierPool
 
@@ -88,6 +89,7 @@ def plan(cfg: EvaluationConfig) -> Plan:
         "model": {"family": model.family.name, "dtype": cfg.model.dtype} | model.spec.to_dict(),
         **task.identity,
         "seed": cfg.seed,
+        **{role: [server.model, server.url] for role in ROLES if (server := getattr(cfg, role)).model or server.url},
     }
     return Plan(cfg, model.folder, model.spec, rows, task, identity)
 
@@ -214,7 +216,7 @@ def run(known: Plan, store: Store, console: Console) -> None:
                 continue
             if pools is None:
                 console.line("starting the workers")
-                pools = stack.enter_context(workers(cfg, str(known.folder.resolve()), known.task.verifier))
+                pools = stack.enter_context(workers(cfg, str(known.folder.resolve()), known.task.verifier, store.folder))
             _draw(known, store, console, pools[0], key, name, member)
             _judge(known, store, pools[1], key, name)
     store.finish(list(known.members), prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpipe import checkpoint, recipe, schema
-from rlpipe.config import ClusterConfig, DataConfig, ModelConfig, RolloutConfig, RunConfig, VerifierConfig
+from rlpipe.config import ClusterConfig, DataConfig, ModelConfig, RolloutConfig, RunConfig, ServerConfig, VerifierConfig
 from rlpipe.contradictions import CONVERT, check_settings
 from rlpipe.errors import ConfigError
 from rlpipe.evaluation.samples import SEED
@@ -52,6 +52,8 @@ class EvaluationConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    judge: ServerConfig = field(default_factory=ServerConfig)  # for the verifiers llm_judge and reward_model
+    guide: ServerConfig = field(default_factory=ServerConfig)  # for decoders with select: guided
 
 
 def load(arguments: Sequence[str]) -> EvaluationConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlpipe.checkpoint.fitting import PLAIN, UNIVERSAL
 from rlpipe.config import LearnerConfig
 from rlpipe.errors import CheckpointError, RlpipeError
-from rlpipe.models.adapters import merged_parameters
-from rlpipe.models.weights import Entry, fill_bucket, split_buckets, tensor_of
+from rlpipe.learner.reshaping import (
+    adapters_of,
+    convert,
+    read_adapters,
+    read_progress,
+    set_weights,
+    universal,
+    universal_of,
+    write_progress,
+)
+from rlpipe.learner.snapshot import Writer, checkpoint_engine
+from rlpipe.models.adapters import Merged, merged_parameters
+from rlpipe.models.weights import Entry, Layout, pack, tensor_of
 
 EXPORT_BUCKET_BYTES = 256 * 2**20
 Run = Callable[[list[int]], tuple[torch.Tensor, dict[str, float]]]
@@ -60,6 +72,7 @@ class Engine:
         self.config, self.lr, self.total_updates, self.name = config, lr, total_updates, name
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.updates_done = 0
+        self.gathers = 0  # of parameters, counted
         if config.activation_checkpointing:
             model.lm.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
@@ -73,6 +86,9 @@ class Engine:
         self.module, self.optimizer, _, _ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        self.writer = Writer(self.rank)
+        self.module.checkpoint_engine = checkpoint_engine(self.writer)
+        self.module._copy_recovery_script = lambda folder: None  # a write that only rank 0 could fail at
 
     @property
     def device(self) -> torch.device:
@@ -114,20 +130,41 @@ class Engine:
 
         At ZeRO 3 each bucket is gathered by itself, so no rank ever holds a second copy of the model; all ranks must iterate.
         """
-        lm, stage3 = self.model.lm, self.config.zero_stage == 3
-        named = merged_parameters(lm)
-        whole = [merged.parts[0] for merged in named]
-        sizes = [(p.ds_numel if stage3 else p.numel()) * p.element_size() for p in whole]
-        for number, indices in enumerate(split_buckets(sizes, bucket_bytes)):
-            chosen = [named[i] for i in indices]
-            with self.gathered([part for merged in chosen for part in merged.parts]):
-                packed: tuple[np.ndarray | None, list[Entry]] = (None, [])
-                if self.rank == 0:
-                    packed = fill_bucket([(merged.name, merged.tensor()) for merged in chosen], number)
-            yield packed
+        pieces = merged_parameters(self.model.lm)
+        layout = self.layout(pieces, bucket_bytes)
+        entries = layout.buckets()
+
+        def buffer(number: int) -> torch.Tensor | None:
+            return torch.empty(layout.sizes[number], dtype=torch.uint8) if self.rank == 0 else None
+
+        for number, bucket in self.packed(pieces, layout, buffer):
+            yield (None, []) if bucket is None else (bucket.numpy(), entries[number])
+
+    def layout(self, pieces: Sequence[Merged], bucket_bytes: int) -> Layout:
+        """Where the pieces will lie in buckets of at most bucket_bytes; nothing is gathered for it."""
+        whole = [(piece.name, piece.parts[0]) for piece in pieces]
+        return Layout.plan(((name, p.dtype, getattr(p, "ds_shape", p.shape)) for name, p in whole), bucket_bytes)
+
+    def packed(
+        self, pieces: Sequence[Merged], layout: Layout, buffer: Callable[[int], torch.Tensor | None]
+    ) -> Iterator[tuple[int, torch.Tensor | None]]:
+        """Yield (number, bucket uint8 [n]) bucket after bucket, packed where buffer(number) says, or None where it says None.
+
+        One gather a bucket at ZeRO 3; all ranks must iterate to the end. DeepSpeed's gather holds a bucket twice for a moment,
+        so `buffer` is asked after it, and whoever iterates lets go of a bucket before the next: two buckets at a time in all.
+        """
+        for number, entries in enumerate(layout.buckets()):
+            chosen, pieces = pieces[: len(entries)], pieces[len(entries) :]
+            with self.gathered([part for piece in chosen for part in piece.parts]):
+                into = buffer(number)
+                if into is not None:
+                    pack((piece.tensor() for piece in chosen), entries, into)
+            yield number, into
+            del into
 
     def gathered(self, parameters: list[nn.Parameter]):
         """Context in which the parameters are whole, whatever the ZeRO stage; all ranks must enter."""
+        self.gathers += self.config.zero_stage == 3
         return self.deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3)
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,20 +187,44 @@ class Engine:
             for _ in stream:
                 pass
 
-    def save(self, folder: Path) -> None:
-        """All ranks write their part. Raises CheckpointError if the disk refuses."""
-        try:
-            self.module.save_checkpoint(str(folder), tag=self.name, client_state={"updates_done": self.updates_done})
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"rank {self.rank} could not write its checkpoint to {folder}: {error}. Free some space; the last complete "
-                "checkpoint is untouched, and resume=auto continues from it"
-            ) from error
+    def snapshot(self, folder: Path) -> None:
+        """All ranks hand their part of a checkpoint to `writer`, whose `finish` says whether it could be written."""
+        progress = {"updates_done": self.updates_done}
+        self.module.save_checkpoint(str(folder), tag=self.name, client_state=progress, save_latest=False)
+        if self.rank == 0:
+            self.writer.submit(lambda: write_progress(folder, self.name, progress))
 
-    def load(self, folder: Path) -> None:
-        """Raises CheckpointError if the checkpoint is unreadable or was written by another number of ranks."""
+    def snapshot_model(self, folder: Path, write: Callable[[Iterable[tuple[str, torch.Tensor]]], None]) -> None:
+        """As `snapshot`, of a folder that write(the plain model's weights, see `stream`) fills on rank 0."""
+
+        def take(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+            held = list(weights) if self.writer.background else weights
+
+            def files() -> list[Path]:
+                write(held)
+                return sorted(path for path in folder.rglob("*") if path.is_file())
+
+            self.writer.submit(files)
+
+        self.hand_over(take)
+
+    def save(self, folder: Path) -> None:
+        """All ranks write their part, now. Raises CheckpointError if the disk refuses."""
+        self.snapshot(folder)
+        self.writer.finish()
+
+    def convert(self, folder: Path) -> None:
+        """Make a checkpoint readable for `load` with "universal"; one rank is enough. Raises CheckpointError."""
+        convert(folder, self.name, self.config.timeout_s)
+
+    def load(self, folder: Path, how: str = PLAIN) -> None:
+        """how: plain, from as many ranks; or universal, after `convert`. Raises CheckpointError if that is not possible."""
         try:
-            path, state = self.module.load_checkpoint(str(folder), tag=self.name)
+            if how == UNIVERSAL:
+                with universal(self.module):
+                    path, state = self.module.load_checkpoint(str(universal_of(folder)), tag=self.name)
+            else:
+                path, state = self.module.load_checkpoint(str(folder), tag=self.name)
         except Exception as error:
             raise CheckpointError(
                 f"{folder} could not be loaded with {self.world} ranks of the {self.name} at ZeRO "
@@ -172,6 +233,17 @@ class Engine:
         if path is None:
             raise CheckpointError(f"{folder} holds no checkpoint of the {self.name}")
         self.updates_done = state["updates_done"]
+
+    def load_weights(self, folder: Path, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Start from a checkpoint's exported weights with a fresh optimizer. read(): on rank 0, all parameters by name; of a
+        LoRA run the adapters are taken instead, as they were. Raises CheckpointError if they do not fit."""
+        adapters = adapters_of(self.model)
+        wanted = adapters or list(self.model.named_parameters())
+        weights = None
+        if self.rank == 0:
+            weights = read_adapters(folder) if adapters else read()
+        set_weights(self, wanted, weights)
+        self.updates_done = read_progress(folder, self.name)["updates_done"]
 
 
 def merge_sums(total: dict[str, float], part: dict[str, float]) -> None:

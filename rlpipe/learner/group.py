@@ -7,25 +7,39 @@ from typing import Any
 
 import numpy as np
 
+from rlpipe.checkpoint.fitting import PLAIN, shape
+from rlpipe.checkpoint.manifest import Part
 from rlpipe.cluster import Placement, wait
 from rlpipe.config import RunConfig
+from rlpipe.errors import LearnerLost, RlpipeError, WaitTimeout, WorkerLost
 from rlpipe.learner.engine import merge_sums
+from rlpipe.learner.exporting import ExportingRanks
 from rlpipe.learner.micro_batches import Shard, make_shards
 from rlpipe.learner.step import StepPlan
 from rlpipe.learner.worker import LearnerWorker, ValueWorker
 
+CONTROL = "control"  # the concurrency group of calls that do not wait for a collective
+WRITING = "writing"  # of the one that waits for a checkpoint's files
+PING_S = 10.0
+
 
 class RankGroup:
-    """The driver's view of `learner.workers` ranks. A dead rank ends the step with WorkerLost: the others wait for it in a
-    collective."""
+    """The driver's view of `learner.workers` ranks. A dead rank ends whatever was asked with LearnerLost: the others wait for
+    it in a collective, so all of them have to go; `restart` then gives fresh ones, with the weights of the model's folder."""
 
     role: str
     actor: type
 
     def __init__(self, cfg: RunConfig, model_folder: str, placement: Placement):
+        self.cfg, self.config = cfg, cfg.learner
+        self.model_folder, self.placement = model_folder, placement
+        self.workers: list = []
+        self.start()
+
+    def start(self) -> None:
+        """Make the ranks, and let them find each other. Raises LearnerLost if one dies on the way."""
         import ray
 
-        self.cfg, self.config = cfg, cfg.learner
         environment = {
             "OMP_NUM_THREADS": str(self.config.threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve whatever else runs on the machine, and then themselves
@@ -33,17 +47,23 @@ class RankGroup:
         }
         if not self.config.gpus:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        actor = ray.remote(self.actor)
+        actor = ray.remote(concurrency_groups={CONTROL: 1, WRITING: 1})(self.actor)
         self.workers = [
-            actor.options(**placement.options(self.role, rank), runtime_env={"env_vars": environment}).remote(
-                rank, cfg, model_folder
+            actor.options(**self.placement.options(self.role, rank), runtime_env={"env_vars": environment}).remote(
+                rank, self.cfg, self.model_folder
             )
             for rank in range(self.config.workers)
         ]
-        deadline = cfg.cluster.start_timeout_s
-        master = wait([self.workers[0].address.remote()], what=f"{self.role} rank 0", timeout_s=deadline)[0]
+        deadline = self.cfg.cluster.start_timeout_s
+        master = self._wait([self.workers[0].address.remote()], f"{self.role} rank 0", deadline)[0]
         starts = [worker.start.remote(master) for worker in self.workers]
-        self.parameters: int = wait(starts, what=f"the {self.role}'s ranks and DeepSpeed", timeout_s=deadline)[0]
+        self.parameters: int = self._wait(starts, f"the {self.role}'s ranks and DeepSpeed", deadline)[0]
+
+    def restart(self) -> None:
+        """End all ranks and start fresh ones, on whatever nodes have room."""
+        self.close()
+        self.placement.until_ready(self.cfg.cluster.start_timeout_s, self.role)
+        self.start()
 
     def shards(self, plan: StepPlan) -> list[Shard]:
         """The ranks' parts of a step: the same for every group of ranks."""
@@ -61,11 +81,37 @@ class RankGroup:
                     found[index] = scores
         return found
 
-    def save(self, folder: str) -> None:
-        self._wait([worker.save.remote(folder) for worker in self.workers], f"writing {folder}")
+    def shape(self) -> dict[str, int]:
+        """{"workers", "zero_stage"}: what the files of a checkpoint depend on."""
+        return shape(self.config)
 
-    def load(self, folder: str) -> None:
-        self._wait([worker.load.remote(folder) for worker in self.workers], f"reading {folder}")
+    def sees(self, folder: str) -> list[tuple[str, str, bool]]:
+        """(rank, node, whether it sees the folder), of every rank."""
+        found = self._wait([worker.sees.remote(folder) for worker in self.workers], f"a look at {folder}")
+        return [(f"rank {rank} of the {self.role}", node, sees) for rank, (node, sees) in enumerate(found)]
+
+    def snapshot(self, folder: str) -> None:
+        """Every rank copies its part of a checkpoint, and writes it to `folder`: at once, or while training goes on."""
+        self._wait([worker.snapshot.remote(folder) for worker in self.workers], f"the {self.role}'s snapshot for {folder}")
+
+    def written(self, folder: str) -> list[Part]:
+        """What every rank wrote, once all of it is on the disk; for a thread beside the one that trains. Raises
+        CheckpointError."""
+        asked = [worker.written.options(concurrency_group=WRITING).remote(folder) for worker in self.workers]
+        return self._wait(asked, f"the {self.role}'s part of {folder}")
+
+    def save(self, folder: str) -> None:
+        """Snapshot and wait until it is written."""
+        self.snapshot(folder)
+        self.written(folder)
+
+    def convert(self, folder: str) -> None:
+        """Make the universal checkpoint beside the ranks' files. Raises CheckpointError."""
+        self._wait([self.workers[0].convert.remote(folder)], f"a universal checkpoint of {folder}")
+
+    def load(self, folder: str, how: str = PLAIN) -> None:
+        """how: see `rlpipe.checkpoint.fitting.way_to_load`. Raises CheckpointError."""
+        self._wait([worker.load.remote(folder, how) for worker in self.workers], f"reading {folder}")
 
     def close(self) -> None:
         import ray
@@ -78,23 +124,57 @@ class RankGroup:
 
         return [getattr(worker, call).remote(ray.put(shard)) for worker, shard in zip(self.workers, shards, strict=True)]
 
-    def _wait(self, references: list, what: str) -> list:
-        return wait(references, what=what, timeout_s=self.config.timeout_s)
+    def sleep(self, keep_weights: bool = False) -> None:
+        """Every rank makes room on its GPU; see `RankWorker.sleep`."""
+        self._wait([worker.sleep.remote(keep_weights) for worker in self.workers], f"the {self.role}'s ranks to sleep")
+
+    def wake(self) -> None:
+        self._wait([worker.wake.remote() for worker in self.workers], f"the {self.role}'s ranks to wake up")
+
+    def pids(self) -> list[int]:
+        """Process numbers of the ranks, in order."""
+        pings = [worker.pid.options(concurrency_group=CONTROL).remote() for worker in self.workers]
+        return wait(pings, what=f"process numbers of the {self.role}", timeout_s=self.config.timeout_s)
+
+    def usage(self) -> list[dict[str, Any]]:
+        """What each rank uses of memory; see `rlpipe.usage`."""
+        asked = [worker.usage.options(concurrency_group=CONTROL).remote() for worker in self.workers]
+        return self._wait(asked, f"memory in use by the {self.role}")
+
+    def _wait(self, references: list, what: str, timeout_s: float = 0.0) -> list:
+        try:
+            return wait(references, what=what, timeout_s=timeout_s or self.config.timeout_s)
+        except (WorkerLost, WaitTimeout) as error:
+            raise LearnerLost(f"{what}: {error}") from error
+        except RlpipeError:
+            raise
+        except Exception as error:  # a rank whose peer died sees a broken connection before Ray sees the death
+            dead = self._dead()
+            if not dead:
+                raise
+            raise LearnerLost(f"{what}: {self.role} rank {', '.join(map(str, dead))} died, its peers with {error}") from error
+
+    def _dead(self) -> list[int]:
+        """Ranks that no longer answer."""
+        dead = []
+        for rank, worker in enumerate(self.workers):
+            try:
+                ping = worker.pid.options(concurrency_group=CONTROL).remote()
+                wait([ping], what=f"a sign of life of {self.role} rank {rank}", timeout_s=PING_S)
+            except (WorkerLost, WaitTimeout):
+                dead.append(rank)
+        return dead
 
 
-class LearnerGroup(RankGroup):
+class LearnerGroup(ExportingRanks, RankGroup):
     role, actor = "learner", LearnerWorker
 
-    def train(self, plan: StepPlan) -> tuple[list[dict[str, Any]], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """All optimizer updates of a step: one dict an update, `sums` added over ranks; and (learner, rollout, exact) for the
-        parity gauge."""
+    def train(self, plan: StepPlan) -> tuple[list[dict[str, Any]], tuple[np.ndarray, ...]]:
+        """All optimizer updates of a step: one dict an update, `sums` added over ranks; and (learner, rollout, exact, lag) for
+        the parity gauge."""
         parts = self._wait(self._send("train", self.shards(plan)), "optimizer updates")
-        gauge = tuple(np.concatenate([p[name] for p in parts]) for name in ("learner", "rollout", "exact"))
+        gauge = tuple(np.concatenate([p[name] for p in parts]) for name in ("learner", "rollout", "exact", "lag"))
         return _merged([part["updates"] for part in parts]), gauge
-
-    def export(self, version: int):
-        """(Manifest, bucket references) of the current weights."""
-        return self._wait([worker.export.remote(version) for worker in self.workers], "weight export")[0]
 
 
 class ValueGroup(RankGroup):

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from rlpipe.checkpoint.fitting import EXPORT, PLAIN
 from rlpipe.config import LearnerConfig, ValueConfig
-from rlpipe.errors import CheckpointError
 from rlpipe.learner.batches import Batches, is_filler
 from rlpipe.learner.engine import Engine
 from rlpipe.learner.micro_batches import Shard
-from rlpipe.models.loading import save_model
+from rlpipe.models.loading import load_model, save_model
 from rlpipe.models.value import HEAD_FILE, ValueModel
 from rlpipe.objectives.losses import value_loss
 
@@ -63,17 +64,13 @@ class ValueLearner:
         values = self.engine.module(packed.input_ids, packed.position_ids, packed.plan(), packed.index)
         return values[packed.slot.argsort()]
 
-    def save(self, folder: Path) -> None:
-        """All ranks write their part."""
-        self.engine.save(folder)
+    def snapshot(self, folder: Path, tokenizer) -> None:
+        """All ranks hand their part of a checkpoint to the engine's writer: DeepSpeed's state and a Hugging Face folder
+        `value_model` with the head beside the weights."""
+        self.engine.snapshot(folder)
+        self.snapshot_model(folder / "value_model", tokenizer)
 
-    def load(self, folder: Path) -> None:
-        self.engine.load(folder)
-
-    def save_model(self, folder: Path, tokenizer) -> None:
-        """A Hugging Face folder with the value head beside the weights, written by rank 0; all ranks must call it."""
-        from safetensors.torch import save_file
-
+    def snapshot_model(self, folder: Path, tokenizer) -> None:
         with self.engine.gathered(list(self.engine.model.head.parameters())):
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.engine.model.head.state_dict().items()}
 
@@ -81,7 +78,25 @@ class ValueLearner:
             save_model(self.engine.model, tokenizer, folder, weights)
             save_file(head, folder / HEAD_FILE)
 
-        try:
-            self.engine.hand_over(write)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"the value model could not be written to {folder}: {error}. Free some space") from error
+        self.engine.snapshot_model(folder, write)
+
+    def save(self, folder: Path) -> None:
+        """All ranks write their part, now. Raises CheckpointError if the disk refuses."""
+        self.engine.save(folder)
+
+    def save_model(self, folder: Path, tokenizer) -> None:
+        """A Hugging Face folder with the value head beside the weights, written by rank 0, now; all ranks must call it."""
+        self.snapshot_model(folder, tokenizer)
+        self.engine.writer.finish()
+
+    def load(self, folder: Path, how: str = PLAIN) -> None:
+        """how: see `rlpipe.checkpoint.fitting.way_to_load`. Raises CheckpointError."""
+        if how == EXPORT:
+            self.engine.load_weights(folder, lambda: self._exported(folder / "value_model"))
+        else:
+            self.engine.load(folder, how)
+
+    def _exported(self, folder: Path) -> dict[str, torch.Tensor]:
+        model = ValueModel(load_model(folder, str(self.engine.model.lm.dtype).removeprefix("torch.")))
+        model.load_head(folder)
+        return dict(model.named_parameters())

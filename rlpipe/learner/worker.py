@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 
+from rlpipe.checkpoint.fitting import PLAIN
+from rlpipe.checkpoint.manifest import Part
 from rlpipe.config import RunConfig
+from rlpipe.errors import CheckpointError
 from rlpipe.learner.engine import join_process_group
+from rlpipe.learner.exporting import Exporter, ExportingRank
 from rlpipe.learner.micro_batches import Shard
+from rlpipe.learner.offloading import Offload
 from rlpipe.learner.policy import PolicyLearner
 from rlpipe.learner.sharding import Partitioned, whole_size
 from rlpipe.learner.step import draws_and_passes
@@ -20,8 +25,8 @@ from rlpipe.models.adapters import add_adapters
 from rlpipe.models.loading import check_same_tokens, load_model, load_tokenizer, settings_of
 from rlpipe.models.policy import DiffusionLM
 from rlpipe.models.value import ValueModel
-from rlpipe.models.weights import Manifest, checksum
 from rlpipe.objectives.objective import build_objective
+from rlpipe.usage import usage
 
 
 class RankWorker:
@@ -33,9 +38,24 @@ class RankWorker:
     def __init__(self, rank: int, cfg: RunConfig, model_folder: str):
         torch.set_num_threads(cfg.learner.threads)
         self.rank, self.cfg, self.model_folder = rank, cfg, model_folder
+        self.offload = Offload()
+        self.snapshot_of = ""  # the folder that the newest snapshot goes to
 
     def pid(self) -> int:
         return os.getpid()
+
+    def usage(self) -> dict[str, Any]:
+        return usage()
+
+    def sleep(self, keep_weights: bool = False) -> int:
+        """Move what lies on the GPU to host memory, all or all but the weights; returns the bytes."""
+        engine = self.learner.engine
+        if engine.device.type == "cpu":
+            return 0
+        return self.offload.sleep(self.learner, engine.device, list(engine.model.parameters()) if keep_weights else ())
+
+    def wake(self) -> int:
+        return self.offload.wake()
 
     def address(self) -> str:
         """'host:port' free on this node, for rank 0 to be found at."""
@@ -44,6 +64,36 @@ class RankWorker:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def sees(self, folder: str) -> tuple[str, bool]:
+        """(this node's address, whether the folder is there)."""
+        import ray
+
+        return ray.util.get_node_ip_address(), Path(folder).is_dir()
+
+    def snapshot(self, folder: str) -> None:
+        """Copy this rank's part of a checkpoint, and write it under `folder`: at once, or while other calls run."""
+        writer = self.learner.engine.writer
+        writer.forget()
+        writer.background, self.snapshot_of = self.cfg.checkpoint.background, folder
+        self.learner.snapshot(Path(folder), load_tokenizer(self.model_folder))
+
+    def written(self, folder: str) -> Part:
+        """Wait until the snapshot is on the disk; runs beside other calls. Raises CheckpointError if it cannot be."""
+        import ray
+
+        if self.snapshot_of != folder:
+            raise CheckpointError(f"rank {self.rank} started anew since the snapshot for {folder}, and holds it no more")
+        files = self.learner.engine.writer.finish()
+        relative = {path.relative_to(folder).as_posix(): known for path, known in files.items()}
+        rank = f"rank {self.rank} of the {self.learner.engine.name}"
+        return Part(rank, ray.util.get_node_ip_address(), relative)
+
+    def convert(self, folder: str) -> None:
+        self.learner.engine.convert(Path(folder))
+
+    def load(self, folder: str, how: str = PLAIN) -> None:
+        self.learner.load(Path(folder), how)
 
     @property
     def total_updates(self) -> int:
@@ -61,7 +111,7 @@ class RankWorker:
         return settings_of(self.cfg.model) | {"revision": ""}  # of model.path, which is a folder by now; value.path has none
 
 
-class LearnerWorker(RankWorker):
+class LearnerWorker(ExportingRank, RankWorker):
     def start(self, master: str) -> int:
         """Join the process group and hand the model to DeepSpeed; returns the number of parameters."""
         cfg, config = self.cfg, self.cfg.learner
@@ -78,6 +128,7 @@ class LearnerWorker(RankWorker):
         objective = build_objective(cfg.algo, cfg.rollout.decoder.max_tokens)
         temperature = cfg.rollout.decoder.temperature
         self.learner = PolicyLearner(_placed(model), objective, config, temperature, self.total_updates)
+        self.exporter = Exporter(self.learner.engine, config.bucket_mb * 2**20)
         return parameters
 
     def train(self, shard: Shard) -> dict:
@@ -85,28 +136,6 @@ class LearnerWorker(RankWorker):
 
     def score(self, shard: Shard):
         return self.learner.score(shard)
-
-    def export(self, version: int):
-        """(Manifest, references to the buckets) on rank 0, None elsewhere."""
-        import ray
-
-        buckets, references, entries = [], [], []
-        for bucket, part in self.learner.engine.export(self.cfg.learner.bucket_mb * 2**20):
-            if bucket is not None:
-                buckets.append(bucket)
-                references.append(ray.put(bucket))
-                entries += part
-        if self.rank:
-            return None
-        return Manifest(version, tuple(entries), checksum(buckets)), references
-
-    def save(self, folder: str) -> None:
-        """This rank's part of a checkpoint under folder/learner; rank 0 also writes a Hugging Face folder, folder/model."""
-        self.learner.save(Path(folder))
-        self.learner.save_model(Path(folder) / "model", load_tokenizer(self.model_folder))
-
-    def load(self, folder: str) -> None:
-        self.learner.load(Path(folder))
 
 
 class ValueWorker(RankWorker):
@@ -126,14 +155,6 @@ class ValueWorker(RankWorker):
 
     def train(self, shard: Shard) -> list[dict]:
         return self.learner.train(shard, draws_and_passes(self.cfg.algo)[1])
-
-    def save(self, folder: str) -> None:
-        """This rank's part of a checkpoint under folder/value; rank 0 also writes a folder for `value.path`."""
-        self.learner.save(Path(folder))
-        self.learner.save_model(Path(folder) / "value_model", load_tokenizer(self.model_folder))
-
-    def load(self, folder: str) -> None:
-        self.learner.load(Path(folder))
 
 
 def _placed(model: torch.nn.Module) -> torch.nn.Module:

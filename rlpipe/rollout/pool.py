@@ -1,29 +1,29 @@
-"""The pool of rollout workers: fixed units of work out, whole groups back, weights kept current through restarts."""
+"""The pool of rollout workers: units of work out, whole groups back, weights kept current through restarts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+import queue
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from rlpipe.actor_pool import ActorPool, Call, Failure
-from rlpipe.cluster import Placement, wait
+from rlpipe.actor_pool import ActorPool, Call, Failure, Ticket, next_of
+from rlpipe.actor_slot import Preparation
+from rlpipe.cluster import Placement
 from rlpipe.config import DecoderConfig, RunConfig
 from rlpipe.errors import RolloutFailed, WeightMismatch
-from rlpipe.models.weights import Manifest
-from rlpipe.rollout.worker import RolloutRequest, RolloutWorker
+from rlpipe.models.weights import Layout
+from rlpipe.rollout.worker import RolloutPart, RolloutRequest, RolloutWorker
 from rlpipe.sampling.engine import EngineCounters
 from rlpipe.trajectory import Prompt, Trajectory
+from rlpipe.transport.update import WeightUpdate
 
-
-@dataclass(frozen=True, slots=True)
-class WeightUpdate:
-    """A version of the policy in the object store. buckets: Ray references to uint8 arrays."""
-
-    manifest: Manifest
-    buckets: tuple
+CONTROL = "control"  # the concurrency group of calls that do not wait for a unit
+CONTROL_CALLS = 4  # of these at a time
 
 
 @dataclass(slots=True)
@@ -39,115 +39,181 @@ class Group:
     step_texts: list[tuple[str, ...]] = field(default_factory=list)
     step_index: list[np.ndarray] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, prompt: Prompt, part: RolloutPart) -> Group:
+        steps = {"step_texts": list(part.step_texts), "step_index": list(part.step_index)}
+        return cls(prompt, list(part.trajectories), list(part.texts), **steps)
+
+    @property
+    def version(self) -> int:
+        """The oldest weights that any of its tokens was sampled with."""
+        return min(trajectory.version for trajectory in self.trajectories)
+
+
+TakeGroup = Callable[[int, Group | RolloutFailed, EngineCounters], None]
+
 
 class RolloutPool:
-    """Units of work are cut by the driver, not by the workers, so results do not depend on how many workers there are."""
+    """Units of work are cut by the driver, not by the workers, so results do not depend on how many workers there are.
 
-    def __init__(self, cfg: RunConfig, model_folder: str, placement: Placement):
+    at_once: units under way take new weights between two blocks; else they end with the weights that they began with.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, model_folder: str, placement: Placement, spans: Callable | None = None, at_once: bool = False
+    ):
         import ray
 
-        self.cfg = cfg.rollout
-        self.seed = cfg.seed
-        self.current: WeightUpdate | None = None
-        actor = ray.remote(RolloutWorker)
+        self.cfg, self.seed, self.at_once = cfg.rollout, cfg.seed, at_once
+        self.version = -1
+        self._units = itertools.count(1)
+        actor = ray.remote(concurrency_groups={CONTROL: CONTROL_CALLS})(RolloutWorker)
 
         def make(index: int):
             options = placement.options("rollout", index)
-            return actor.options(**options).remote(index, model_folder, cfg.model, self.cfg.threads, self.cfg.slots)
+            own = (cfg.model, self.cfg.threads, self.cfg.slots, cfg.guide)
+            return actor.options(**options).remote(index, model_folder, *own)
 
         self.pool = ActorPool(
             make,
             self.cfg.workers,
             name="rollout",
             retries=self.cfg.retries,
-            prepare=self._push,
+            minimum=self.cfg.min_workers,
+            has_place=lambda index: placement.ready("rollout", index),
+            group=CONTROL,
             start_timeout_s=cfg.cluster.start_timeout_s,
+            spans=spans,
         )
 
-    def update_weights(self, update: WeightUpdate) -> None:
-        """Every worker takes the update. Raises WeightMismatch unless all end with its version and checksum."""
-        self.current = update
-        wanted = (update.manifest.version, update.manifest.checksum)
-        replies = self.pool.broadcast(
-            "load_weights",
-            update.manifest,
-            *update.buckets,
-            timeout_s=self.cfg.timeout_s,
-            what=f"weights of version {wanted[0]} on the rollout workers",
-        )
-        for index, reply in enumerate(replies):
+    def set_weights(self, update: WeightUpdate, *, wait: bool, again: WeightUpdate | None = None) -> None:
+        """No worker samples another unit before it has the update. wait: return when all workers have it. again: the update
+        for workers that start later.
+
+        A worker that ends with another version or checksum is replaced, and so is one that does not answer in time.
+        """
+        self.version = update.version
+
+        def check(reply: tuple[int, str]) -> None:
+            wanted = (update.version, update.checksum or reply[1])
             if tuple(reply) != wanted:
-                raise WeightMismatch(f"rollout worker {index} answered {reply} to weights {wanted}")
+                raise WeightMismatch(f"a rollout worker answered {tuple(reply)} to weights {wanted}")
 
-    def _push(self, worker) -> None:
-        """A worker that was restarted holds the initial weights: give it the current ones before any work."""
-        if self.current is not None:
-            reference = worker.load_weights.remote(self.current.manifest, *self.current.buckets)
-            wait([reference], what="weights on a restarted rollout worker", timeout_s=self.cfg.timeout_s)
+        self.pool.prepare(
+            Preparation(
+                "load_weights",
+                (update,),
+                label=f"weights of version {update.version}",
+                timeout_s=self.cfg.timeout_s,
+                check=check,
+                again=None if again is None else (again,),
+                at_once=self.at_once,
+            )
+        )
+        if wait:
+            self.pool.wait_prepared(self.cfg.timeout_s)
 
-    def generate(
+    def sleep(self) -> None:
+        """All workers let go of weights and cache; weights wake them. One that starts meanwhile does so first."""
+        self.pool.prepare(Preparation("sleep", (), label="rollout workers to sleep", timeout_s=self.cfg.timeout_s))
+        self.pool.wait_prepared(self.cfg.timeout_s)
+
+    def put_weights(self, worker: int, version: int, layout: Layout) -> list:
+        """References to the buckets that a worker puts into the object store from its own copy, and to their number."""
+        return self.pool.ask(worker, "put_weights", version, layout, replies=len(layout.sizes) + 1)
+
+    def each(self, method: str, *args: Any, timeout_s: float, what: str) -> dict[int, Any]:
+        """{worker: reply} of all that are up, beside the units they work on."""
+        return self.pool.each(method, *args, timeout_s=timeout_s, what=what)
+
+    def submit(
         self,
         prompts: Sequence[Prompt],
         samples: int,
         decoder: DecoderConfig,
+        take: TakeGroup,
         *,
         what: str,
         seed: int | None = None,
         predictions: int = 0,
+        urgency: int = 1,
+    ) -> list[tuple[list[int], Ticket]]:
+        """Set off the sampling of groups. take(index of the prompt, its group, work since the group before) is called once a
+        prompt, as groups are done, on a thread of the pool's; with RolloutFailed for those of a unit that failed more often
+        than its retries allow: an unsampled response is never an empty one. Returns (indices of prompts, ticket) of each unit.
+
+        predictions: the full prediction is recorded every so many denoising steps, 0: never. A prompt with a block size of its
+        own is decoded in blocks of that size, unless the decoder's is another than the recipe's: whoever votes over block sizes
+        means them.
+        """
+        per_unit = self.prompts_per_unit(samples)
+        own = decoder.block_size == self.cfg.decoder.block_size
+        units = units_of_work([prompt.block_size if own else 0 for prompt in prompts], per_unit)
+        tickets = []
+        for number, (size, indices) in enumerate(units, 1):
+            label = f"unit {number}/{len(units)} ({prompts[indices[0]].uid} …)"
+            request = RolloutRequest(
+                unit=f"{next(self._units)}: {label}",
+                prompts=tuple(prompts[index] for index in indices),
+                samples=samples,
+                decoder=dataclasses.replace(decoder, block_size=size) if size else decoder,
+                version=self.version,
+                seed=self.seed if seed is None else seed,
+                predictions=predictions,
+            )
+            call = Call("generate", (request,), label=request.unit)
+            unit = _Unit([prompts[index] for index in indices], indices, take, what)
+            tickets.append(
+                (indices, self.pool.submit(call, unit.take, timeout_s=self.cfg.timeout_s, what=what, urgency=urgency))
+            )
+        return tickets
+
+    def prompts_per_unit(self, samples: int) -> int:
+        return max(1, self.cfg.batch_size // samples)
+
+    @property
+    def units_waiting(self) -> int:
+        """Units that no worker has taken up yet."""
+        return len(self.pool.waiting)
+
+    @property
+    def hungry(self) -> bool:
+        """A worker has nothing to do, and no unit waits for it."""
+        return self.pool.idle > self.units_waiting
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The groups of a unit are no longer wanted; its worker drops what it has."""
+        self.pool.cancel(ticket, abort="abort")
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, **settings: Any
     ) -> tuple[list[Group], EngineCounters]:
-        """Groups in the order of the prompts, and the work they took (seconds: summed over units); see `stream`."""
+        """Groups in the order of the prompts, and the work they took (seconds: summed over units); see `submit`."""
         found: dict[int, Group] = {}
         total = EngineCounters()
-        for index, group, counters in self.stream(prompts, samples, decoder, what=what, seed=seed, predictions=predictions):
+        for index, group, counters in self.stream(prompts, samples, decoder, **settings):
             found[index] = group
             total = total + counters
         return [found[index] for index in range(len(prompts))], total
 
     def stream(
-        self,
-        prompts: Sequence[Prompt],
-        samples: int,
-        decoder: DecoderConfig,
-        *,
-        what: str,
-        seed: int | None = None,
-        predictions: int = 0,
+        self, prompts: Sequence[Prompt], samples: int, decoder: DecoderConfig, *, what: str, **settings: Any
     ) -> Iterator[tuple[int, Group, EngineCounters]]:
-        """(index of the prompt, its group, work since the group before) as groups are done, each exactly once.
-        predictions: the full prediction is recorded every so many denoising steps, 0: never. A prompt with a block size of its
-        own is decoded in blocks of that size, unless the decoder's is another than the recipe's: whoever votes over block
-        sizes means them.
-
-        Raises RolloutFailed when a unit fails more often than its retries allow: an unsampled response is never an empty one.
-        """
-        per_unit = max(1, self.cfg.batch_size // samples)
-        own = decoder.block_size == self.cfg.decoder.block_size
-        units = units_of_work([prompt.block_size if own else 0 for prompt in prompts], per_unit)
-        requests = [
-            RolloutRequest(
-                prompts=tuple(prompts[index] for index in indices),
-                samples=samples,
-                decoder=dataclasses.replace(decoder, block_size=size) if size else decoder,
-                version=self.current.manifest.version,
-                seed=self.seed if seed is None else seed,
-                predictions=predictions,
-            )
-            for size, indices in units
-        ]
-        calls = [
-            Call("generate", (request,), label=f"unit {i + 1}/{len(requests)} ({request.prompts[0].uid} …)")
-            for i, request in enumerate(requests)
-        ]
-        seen: set[int] = set()
-        for unit, part in self.pool.stream(calls, timeout_s=self.cfg.timeout_s, what=what):
-            if isinstance(part, Failure):
-                raise RolloutFailed(f"{what}: {part}") from part.cause
-            index = -1 if part is None else units[unit][1][part.place]
-            if part is None or index in seen:  # the end of a unit; or a unit that was tried again, with the same samples
-                continue
-            seen.add(index)
-            steps = {"step_texts": list(part.step_texts), "step_index": list(part.step_index)}
-            yield index, Group(prompts[index], list(part.trajectories), list(part.texts), **steps), part.counters
+        """(index of the prompt, its group, work since the group before) as groups are done, each exactly once, before whatever
+        else the workers have to do; see `submit`, whose failures are raised here."""
+        arrived: queue.SimpleQueue = queue.SimpleQueue()
+        tickets = self.submit(
+            prompts, samples, decoder, lambda *group: arrived.put(group), what=what, **{"urgency": 0} | settings
+        )
+        try:
+            for done in range(len(prompts)):
+                index, group, counters = next_of(arrived, what, done, len(prompts))
+                if isinstance(group, RolloutFailed):
+                    raise group from group.__cause__
+                yield index, group, counters
+        finally:
+            for _, ticket in tickets:
+                self.cancel(ticket)
 
     def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
         """Tokens one by one, for display; decoded by whichever worker is free."""
@@ -160,6 +226,26 @@ class RolloutPool:
 
     def close(self) -> None:
         self.pool.close()
+
+
+class _Unit:
+    """Turns the parts of a unit into groups, each once: a unit that is tried again gives all its parts again, and a group is
+    taken whole from one attempt, never made of two."""
+
+    def __init__(self, prompts: Sequence[Prompt], indices: Sequence[int], take: TakeGroup, what: str):
+        self.prompts, self.indices, self.give, self.what = prompts, indices, take, what
+        self.open = set(range(len(indices)))
+
+    def take(self, part: RolloutPart | Failure | None, more: bool) -> None:
+        if isinstance(part, Failure):
+            for place in sorted(self.open):
+                failure = RolloutFailed(f"{self.what}: {part}")
+                failure.__cause__ = part.cause
+                self.give(self.indices[place], failure, EngineCounters())
+            self.open.clear()
+        elif part is not None and part.place in self.open:
+            self.open.discard(part.place)
+            self.give(self.indices[part.place], Group.of(self.prompts[part.place], part), part.counters)
 
 
 def units_of_work(block_sizes: Sequence[int], per_unit: int) -> list[tuple[int, list[int]]]:

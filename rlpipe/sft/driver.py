@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from rlpipe import checkpoint
+from rlpipe import interruption
+from rlpipe.checkpoint import Checkpoints
 from rlpipe.cluster import Placement
 from rlpipe.config import AlgoConfig, RunConfig
-from rlpipe.errors import ConfigError
+from rlpipe.errors import ConfigError, Interrupted
 from rlpipe.learner.group import LearnerGroup
 from rlpipe.learner.step import StepPlan, plan_step
 from rlpipe.monitor.monitor import Monitor
@@ -24,8 +24,6 @@ from rlpipe.objectives.supervised import supervised_settings
 from rlpipe.recipe import fingerprint
 from rlpipe.sft.examples import Examples
 from rlpipe.trajectory import Trajectory
-
-log = logging.getLogger("rlpipe")
 
 MASKS, HELD_OUT = 0x3A5C, 0x0E1D  # streams of the generators that mask training rows and held-out rows
 KEPT = {"loss": "loss", "nll": "policy_loss", "grad_norm": "grad_norm", "lr": "lr", "tokens": "scored_tokens"}
@@ -71,6 +69,14 @@ class SftDriver:
         rng = np.random.default_rng([cfg.seed, HELD_OUT])
         self.held_out = plan_update(examples.held_out, self.objective, rng) if examples.held_out else None
         self.state: dict[str, Any] = {"step": 0, "held_out_start": None, "held_out_last": None, "tokens": 0, "seconds": 0.0}
+        self.checkpoints = Checkpoints(
+            cfg.checkpoint,
+            run_dir,
+            warn=monitor.warn,
+            note=monitor.note,
+            completed=self.point_model,
+            timeout_s=cfg.learner.timeout_s,
+        )
         monitor.note("starting the learner")
         self.learner = LearnerGroup(settings, model_folder, placement)
 
@@ -86,6 +92,7 @@ class SftDriver:
             self.state["held_out_start"] = metrics["eval/loss"]
             self.monitor.log(0, metrics)
         while self.step < self.cfg.steps:
+            self.leave_if_asked()
             self.state["step"] += 1
             metrics = self.update()
             if self.held_out is not None and self.due(self.cfg.eval.every):
@@ -93,6 +100,7 @@ class SftDriver:
             self.monitor.log(self.step, metrics)
             if self.due(self.cfg.checkpoint.every):
                 self.save()
+        self.checkpoints.finish()
         return self.summary()
 
     def update(self) -> dict[str, float]:
@@ -110,7 +118,7 @@ class SftDriver:
         if self.cfg.data.bad_records == "skip":
             metrics["sft/left_out"] = float(self.examples.left_out)
         seconds = time.perf_counter() - started
-        metrics["perf/step_s"] = seconds
+        metrics |= {"perf/step_s": seconds} | self.checkpoints.metrics()
         metrics["perf/update_tokens_per_s"] = plan.packed_tokens / seconds
         self.state["tokens"] += sum(example.valid_len for example in batch)
         self.state["seconds"] += seconds
@@ -131,27 +139,36 @@ class SftDriver:
         return self.step == self.cfg.steps or (every > 0 and self.step % every == 0)
 
     def save(self) -> None:
-        """Policy, optimizer, place in the data, step and W&B run; `RUN/model` then points at the weights."""
-        cfg = self.cfg
+        """Policy, optimizer, place in the data, step and W&B run."""
         state = self.state | {
             "cursor": self.examples.state(),
             "monitor": self.monitor.state(),
-            "fingerprint": fingerprint(cfg),
-            "learner": {"workers": cfg.learner.workers, "zero_stage": cfg.learner.zero_stage},
+            "fingerprint": fingerprint(self.cfg),
         }
-        folder = checkpoint.write(self.run_dir, self.step, state, self.learner.save, cfg.checkpoint.keep)
+        self.checkpoints.save(self.step, state, [self.learner])
+
+    def leave_if_asked(self) -> None:
+        """Between two steps: if the process was asked to end, save the last finished one and raise Interrupted."""
+        try:
+            interruption.check()
+        except Interrupted:
+            if self.step > 0:
+                self.save()
+            self.checkpoints.finish()
+            raise
+
+    def point_model(self, folder: Path) -> None:
+        """`RUN/model` leads to the weights of the newest complete checkpoint."""
         link = self.run_dir / "model.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(Path("checkpoints") / folder.name / "model")
         os.replace(link, self.run_dir / "model")
-        log.info("checkpoint of step %d in %s", self.step, folder)
 
     def resume(self) -> None:
         """Continue from a checkpoint, if the run was given one."""
         if self.resume_from is None:
             return
-        saved = checkpoint.read_state(self.resume_from)
-        self.learner.load(str(self.resume_from))
+        saved = self.checkpoints.restore([self.learner], self.resume_from)
         self.examples.restore(saved["cursor"])
         self.state = {name: saved[name] for name in self.state}
         self.monitor.note(f"resumed from {self.resume_from} at step {self.step}")
@@ -173,4 +190,5 @@ class SftDriver:
 
     def close(self) -> None:
         """End the workers; safe after any failure."""
+        self.checkpoints.close()
         self.learner.close()
