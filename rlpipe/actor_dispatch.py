@@ -114,7 +114,7 @@ class Dispatcher:
                 self._advance(slot)
             watched = {reference: slot for slot in self.slots for reference in slot.references()}
             pause = self._pause(watched)
-            if not watched:
+            if not watched and not self._closing:
                 self.changed.wait(pause)
         if not watched:
             self._check_someone_is_alive()
@@ -150,7 +150,7 @@ class Dispatcher:
                 fresh = slot.prepared is None and slot.restarted
                 args = wanted.again if fresh and wanted.again is not None else wanted.args
                 slot.prepare(wanted, self._method(slot, wanted.method, self.group).remote(*args))
-        if slot.state == IDLE and slot.preparing is None and (wanted is None or slot.prepared is wanted):
+        if slot.state == IDLE and slot.preparing is None and (wanted is None or (slot.prepared is wanted and not wanted.rest)):
             ticket = self._next(slot)
             if ticket is not None:
                 call = ticket.call
@@ -166,6 +166,8 @@ class Dispatcher:
         found = None
         while self.waiting and found is None:
             ticket = heapq.heappop(self.waiting)
+            if ticket.cancelled:  # between two attempts
+                continue
             if ticket.last_slot != slot.index or sum(other.up for other in self.slots) == 1:
                 found = ticket
             else:
@@ -248,7 +250,7 @@ class Dispatcher:
         ticket = slot.ticket
         line = f"{self.name} worker {slot.index}: {type(error).__name__}: {_last_line(error)}"
         replaced = preparing or ticket is None or isinstance(error, WorkerLost)
-        if ticket is not None and (replaced or not preparing):
+        if ticket is not None:
             self._ended(slot, False)
         if replaced:
             self._replace(slot, error, ticket)
@@ -275,7 +277,8 @@ class Dispatcher:
             heapq.heappush(self.waiting, ticket)
 
     def _replace(self, slot: Slot, error: Exception, ticket: Ticket | None) -> None:
-        """End the actor; a fresh one takes the slot when there is room. Too many starts without a unit done end the pool."""
+        """End the actor; a fresh one takes the slot when there is room. Too many starts without a unit done end the pool, but
+        not while somebody can do one: a single bad machine is not the pool, however long the others have nothing to do."""
         import ray
 
         doing = f" while it did {ticket.call.label}" if ticket is not None else ""
@@ -287,13 +290,17 @@ class Dispatcher:
         )  # fmt: skip
         ray.kill(slot.actor)
         with self.changed:
-            slot.gone(min(LONGEST_PAUSE_S, 2.0 ** (slot.starts_in_a_row - 2) if slot.starts_in_a_row > 1 else 0.0))
-        if self._in_a_row > START_ATTEMPTS * len(self.slots):
+            slot.gone(pause_before(slot.starts_in_a_row))
+            self.changed.notify_all()
+        if self._in_a_row > START_ATTEMPTS * len(self.slots) and not any(map(self._can_work, self.slots)):
             self._give_up(
                 WorkerLost(
                     f"{self.name} workers were started anew {self._in_a_row} times without finishing anything; last: {error}"
                 )
             )
+
+    def _can_work(self, slot: Slot) -> bool:
+        return slot.up and (self.preparation is None or slot.prepared is not None)
 
     def _check_someone_is_alive(self) -> None:
         silent = time.monotonic() - self._alive_at
@@ -312,6 +319,11 @@ class Dispatcher:
         for ticket in left:
             if not ticket.cancelled:
                 ticket.take(Failure(ticket.call.label, [*ticket.attempts, str(cause)], cause), False)
+
+
+def pause_before(starts: int) -> float:
+    """Seconds until a worker is started anew that has been started so often without taking up a unit."""
+    return min(LONGEST_PAUSE_S, 2.0 ** min(starts - 2, 10)) if starts > 1 else 0.0
 
 
 def _last_line(error: Exception) -> str:

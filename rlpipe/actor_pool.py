@@ -108,18 +108,31 @@ class ActorPool(Dispatcher):
                 self.cancel(tickets[index])
 
     def each(self, method: str, *args: Any, timeout_s: float, what: str) -> dict[int, Any]:
-        """The method on every actor that is up, beside its unit: {worker: reply}. One that dies on the way has no reply.
-        timeout_s: for all of them."""
+        """The method on every actor that is up, beside its unit: {worker: reply}. One that dies on the way, or does not answer
+        in time, has no reply; without a `group` only those are asked that have no unit. timeout_s: for all of them."""
         with self.changed:
-            asked = {slot.index: self._method(slot, method, self.group).remote(*args) for slot in self.slots if slot.up}
+            slots = [slot for slot in self.slots if slot.up and (self.group or slot.state == IDLE)]
+            asked = {slot.index: self._method(slot, method, self.group).remote(*args) for slot in slots}
         replies, ends = {}, time.monotonic() + timeout_s
         for index, reference in asked.items():
             try:
                 left = max(0.1, ends - time.monotonic())
                 (replies[index],) = wait([reference], what=f"{what} ({self.name} worker {index})", timeout_s=left)
-            except WorkerLost as error:
-                log.warning("%s: %s", what, error)  # its next unit finds out, and the worker is replaced
+            except (WorkerLost, WaitTimeout) as error:
+                log.warning("%s: %s", what, error)  # its unit finds out, and the worker is replaced
         return replies
+
+    def any(self, method: str, *args: Any, timeout_s: float, what: str) -> Any:
+        """The reply of one actor that is up, beside its unit; the next is asked if it does not come. timeout_s: of each. Raises
+        WorkerLost if none answers."""
+        asked = [slot.index for slot in self.slots if slot.up]
+        for worker in asked:
+            try:
+                asked_of = f"{what} ({self.name} worker {worker})"
+                return wait([self.ask(worker, method, *args)], what=asked_of, timeout_s=timeout_s)[0]
+            except (WorkerLost, WaitTimeout) as error:
+                log.warning("%s: %s", what, error)
+        raise WorkerLost(f"{what}: none of {len(asked)} {self.name} workers that are up answered")
 
     def ask(self, worker: int, method: str, *args: Any, replies: int = 1) -> Any:
         """Reference(s) to what a method of one actor returns, beside its unit."""
@@ -165,9 +178,6 @@ class ActorPool(Dispatcher):
     def up(self) -> int:
         """Actors that are alive and prepared or about to be."""
         return sum(slot.up for slot in self.slots)
-
-    def pids(self, timeout_s: float = 10.0) -> dict[int, int]:
-        return self.each("pid", timeout_s=timeout_s, what="process numbers")
 
     def close(self) -> None:
         """End the actors and the thread; what was not finished is never answered."""

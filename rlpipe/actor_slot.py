@@ -15,7 +15,8 @@ class Preparation:
     """What an actor must have done before it gets work: a method with arguments, and a check of its reply (which raises).
 
     again: other arguments for actors that start later, None for the same. at_once: it is called beside a unit that is under
-    way, and the actor finds its own moment; else it waits for the unit's end.
+    way, and the actor finds its own moment; else it waits for the unit's end. rest: there is no work after it, until another
+    preparation.
     """
 
     method: str
@@ -25,6 +26,7 @@ class Preparation:
     check: Callable[[Any], None] = lambda reply: None
     again: tuple | None = None
     at_once: bool = False
+    rest: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +99,6 @@ class Slot:
 
     def gone(self, pause_s: float) -> None:
         """The actor is ended; the next may start in pause_s seconds."""
-        self.actor = self.ticket = self.reference = self.preparing = self.prepared = None
+        self.actor = self.ticket = self.reference = self.preparing = self.prepared = self._wanted = None
         self.ready, self.restarted = False, True
         self.deadline, self.not_before = float("inf"), time.monotonic() + pause_s

@@ -176,4 +176,9 @@ def fetch(reference: Any, what: str) -> Any:
             raise cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise WorkerLost(f"{what}: a worker died ({str(error).strip().splitlines()[0]})") from error
+        raise WorkerLost(f"{what}: a worker died ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what Ray and torch add to it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -70,6 +70,7 @@ class Crew:
 
     def close(self) -> None:
         """End the workers; safe after any failure."""
+        self.sync.forget()
         self.rollouts.close()
         self.verifiers.close()
         for group in self.trained:

@@ -18,7 +18,7 @@ from rlpipe.checkpoint import Checkpoints
 from rlpipe.collection import Harvest
 from rlpipe.config import RunConfig
 from rlpipe.crew import Crew
-from rlpipe.errors import Interrupted, LearnerLost
+from rlpipe.errors import CheckpointError, Interrupted, LearnerLost
 from rlpipe.evaluation.training import evaluate, evaluate_hex
 from rlpipe.feed import Feed
 from rlpipe.learner.credit import finalize_value, with_values
@@ -54,6 +54,7 @@ class Driver:
         self.turns = Turns(cfg, crew.trained, crew.rollouts)
         self.timed = monitor.timeline.timed
         self.restarts = 0  # of the learner
+        self.finished = False
         self.state: dict[str, Any] = {
             "step": 0,
             "eval_start": None,
@@ -69,25 +70,32 @@ class Driver:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns the summary. Failures leave the last checkpoint and reach the caller."""
-        self.turns.to_learner()
         try:
+            self.turns.to_learner()
             self.checkpoints.check(self.crew.trained)
             self.resume()
         except LearnerLost as error:
             self.recover(error)
-        while self.step < self.cfg.steps or self.feed.version < self.step:
+        while not self.finished:
             try:
                 self.advance()
             except LearnerLost as error:
                 self.recover(error)
+            except CheckpointError as error:
+                if not isinstance(error.__cause__, LearnerLost):
+                    raise
+                self.recover(error.__cause__)
             except Interrupted as error:
                 self.leave(error)
                 raise
-        self.checkpoints.finish()
         return self.summary()
 
     def advance(self) -> None:
-        """The next step, or what a start has to do before it."""
+        """The next step, or what a start has to do before it, or the end."""
+        if self.step == self.cfg.steps and self.feed.version == self.step:
+            self.checkpoints.finish()
+            self.finished = True
+            return
         if self.feed.version < self.step:
             self.publish()
             if self.step == 0 and self.state["eval_start"] is None:
@@ -110,6 +118,8 @@ class Driver:
         self.report(harvest, metrics)
         if self.due(self.cfg.checkpoint.every):
             self.save()
+            if self.turns.shared:
+                self.publish()  # the rollout workers let go of it
 
     def learn(self, step: int, harvest: Harvest) -> dict[str, float]:
         """Rows, advantages, the optimizer updates, and the parity gauge that they are checked by."""
@@ -218,14 +228,14 @@ class Driver:
         self.turns.to_learner()
         with self.timed("checkpoint", f"step {self.step}"):
             self.checkpoints.save(self.step, self.state | self.feed.state() | own, self.crew.trained)
-        if self.turns.shared:
-            self.publish()  # the rollout workers let go of it
 
     def resume(self) -> None:
         """Continue from a checkpoint, if the run was given one."""
         if self.resume_from is not None:
             self.restore(self.checkpoints.restore(self.crew.trained, self.resume_from))
             self.monitor.note(f"resumed from {self.resume_from} at step {self.step}")
+            if self.step < self.monitor.last_step:  # that checkpoint was damaged, and the one before was taken
+                self.monitor.rewind(self.step, f"{self.resume_from} is damaged")
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.state = {key: saved[key] for key in (*self.state, "eval_last", "eval_last_step") if key in saved}
@@ -233,11 +243,12 @@ class Driver:
 
     def recover(self, error: LearnerLost) -> None:
         """All ranks anew from the last checkpoint, and the run goes on from there. Raises the error when that was needed too
-        often."""
+        often, Interrupted if the run was asked to end: without its ranks there is nothing to save."""
         self.restarts += 1
         if self.restarts > self.cfg.learner.restarts:
             raise LearnerLost(f"the learner was lost {self.restarts} times (limit learner.restarts); last: {error}") from error
         self.monitor.warn(f"learner lost ({self.restarts} of at most {self.cfg.learner.restarts} times): {error}")
+        interruption.check()
         try:
             if self.turns.shared:
                 self.crew.rollouts.sleep()
@@ -252,11 +263,16 @@ class Driver:
         self.monitor.rewind(self.step, f"fresh ranks from {newest or 'the initial weights'}")
 
     def leave(self, error: Interrupted) -> None:
-        """Save the last finished step, for whoever continues."""
+        """Save the last finished step, for whoever continues. What cannot be saved is a warning: the run ends because it was
+        asked to."""
         self.monitor.incident("interruption", f"{error}; the run leaves after step {self.step}")
-        if self.step > 0:
-            self.save()
-        self.checkpoints.finish()
+        self.feed.abandon()  # whoever shares the learner's GPU gives way at once
+        try:
+            if self.step > 0:
+                self.save()
+            self.checkpoints.finish()
+        except (LearnerLost, CheckpointError) as lost:  # whoever takes the driver's machine takes others as well
+            self.monitor.warn(f"step {self.step} is not saved: {lost}. A resumed run goes on from the checkpoint before")
 
     def summary(self) -> dict[str, Any]:
         state = self.state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RlpipeError(Exception):
-    """Base of every failure that rlpipe raises on purpose; `run` prints it without a traceback and exits 2."""
+    """Base of every failure that rlpipe raises on purpose; `run` prints it without a traceback."""
 
 
 class ConfigError(RlpipeError):

@@ -99,7 +99,7 @@ class Feed:
         self.scoring = GroupScoring(cfg, objective)
         self.max_lag = cfg.max_lag if cfg.mode == "async" else 0
         self.wanted = cfg.algo.prompts_per_step
-        self.capacity = math.ceil(self.wanted * cfg.rollout.oversample)
+        self.capacity = math.ceil(round(self.wanted * cfg.rollout.oversample, 6))
         self.hurried = self.capacity > self.wanted or cfg.rollout.order == "freshest"
         self.changed = threading.Condition(threading.RLock())
         self.step, self.version, self.order = 1, -1, 0
@@ -133,14 +133,20 @@ class Feed:
             interruption.check()
             self._admit()
             while not self._full():
-                self.changed.wait(LOOK_S)
-                interruption.check()
                 if time.monotonic() - said >= EVERY_S:
                     said = time.monotonic()
                     log.info(self._waiting_line(said - started))
+                self.changed.wait(LOOK_S)
+                interruption.check()
             if self.error is not None:
                 raise self.error
             return self._finish_step(self._choose(), time.monotonic() - started)
+
+    def abandon(self) -> None:
+        """The run ends: no worker need finish what is under way. In `state` it is still without a fate."""
+        with self.changed:
+            for flight in self.places.values():
+                self._drop(flight)
 
     def state(self) -> dict[str, Any]:
         """JSON-able: where the cursor is, and the prompts behind it whose fate no step has recorded; they are begun anew."""
@@ -151,9 +157,8 @@ class Feed:
     def restore(self, state: dict[str, Any], step: int) -> int:
         """Continue behind `step`; what is under way belongs to another past and is dropped. Returns how many groups."""
         with self.changed:
-            lost = [*self.places.values(), *self.spent]
-            for flight in lost:
-                self._drop(flight)
+            lost = len(self.places) + len(self.spent)
+            self.abandon()
             self.places.clear()
             self.spent.clear()
             self.cursor.restore(state["cursor"])
@@ -161,7 +166,7 @@ class Feed:
             self.step, self.version, self.error = step + 1, -1, None
             self.cuts.clear()
             self._begin_step()
-            return len(lost)
+            return lost
 
     # --- beginning --------------------------------------------------------------------------------------------------------
 
@@ -365,6 +370,7 @@ class Feed:
         }
 
     def _waiting_line(self, waited_s: float) -> str:
+        """While something is in the air."""
         states = [flight.state for flight in self.places.values()]
         oldest = min((flight for flight in self.places.values() if flight.in_the_air), key=lambda f: f.order)
         return (

@@ -26,7 +26,9 @@ NOT_IN_THE_NUMBERS = (
     "checkpoint", "parity.max_abs_delta", "rollout.workers", "rollout.cpus", "rollout.timeout_s", "rollout.retries",
     "verifier.workers", "verifier.cpus", "verifier.batch_size", "verifier.timeout_s", "verifier.retries",
     "verifier.max_failed_groups",
-    "learner.cpus", "learner.bucket_mb", "learner.timeout_s",
+    "learner.cpus", "learner.bucket_mb", "learner.timeout_s", "learner.restarts", "rollout.min_workers", "rollout.transport",
+    "judge.url", "judge.gpus", "judge.cpus", "judge.key_env", "judge.start_timeout_s",
+    "guide.url", "guide.gpus", "guide.cpus", "guide.key_env", "guide.start_timeout_s",
 )  # fmt: skip
 
 # What a task brings besides its name, and what stands there without.

@@ -19,7 +19,7 @@ from rlpipe import interruption
 from rlpipe.config import RunConfig, SftConfig
 from rlpipe.contradictions import CONVERT
 from rlpipe.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, RlpipeError
-from rlpipe.run_names import folders_of, free_folder
+from rlpipe.run_names import attempt, folders_of, free_folder
 
 log = logging.getLogger("rlpipe")
 GO_ON = "the same command with resume=auto continues from the last checkpoint, if one was written"
@@ -96,7 +96,6 @@ def train(cfg: RunConfig, source, run_dir: Path, resume_from: Path | None, warni
         if report.write(source.reports, run_dir / report.NAME):
             monitor.note(f"records that were left out: {run_dir / report.NAME}")
         stage.connect(needed)
-        interruption.install()  # Ray puts a handler of its own there, which ends the process without a word
         with monitor.phase("warm start on demonstrations", cfg.warm_start.steps) as phase:
             folder = initial_model(cfg, source, lambda done, total: phase.advance(1))
         cursor = Cursor(source, pass_rates.PassRateLog(run_dir / pass_rates.NAME))
@@ -192,10 +191,11 @@ def run_folder(cfg: RunConfig) -> tuple[Path, Path | None]:
                 return run_dir, newest
             log.info("resume=auto: %s has no complete checkpoint yet; starting anew", run_dir)
     elif cfg.resume != "never":
-        run_dir = Path(cfg.resume)
+        run_dir = Path(cfg.resume).resolve()  # `latest` may mean another run soon
         newest = Checkpoints(cfg.checkpoint, run_dir).newest()
         if newest is None:
             raise CheckpointError(f"resume={cfg.resume}: no complete checkpoint under {run_dir / 'checkpoints'}")
+        unpack(newest, run_dir)
         return run_dir, newest
     return free_folder(home, cfg.run_id or time.strftime("%Y%m%d-%H%M%S")), None
 
@@ -206,7 +206,7 @@ def earlier_runs(cfg: RunConfig, home: Path) -> list[Path]:
     from rlpipe.monitor.latest import latest_run
 
     def wanted(name: str) -> bool:
-        return not cfg.run_id or name == cfg.run_id or name.removeprefix(f"{cfg.run_id}-").isdecimal()
+        return not cfg.run_id or attempt(name, cfg.run_id) > 0
 
     known = find_run(cfg.checkpoint.path, cfg.name, wanted) if cfg.checkpoint.path else None
     latest = latest_run(home)

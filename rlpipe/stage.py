@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlpipe import checkpoint, cluster, recipe
+from rlpipe import checkpoint, cluster, interruption, recipe
 from rlpipe.cluster import Placement, Role
 from rlpipe.config import RunConfig
+from rlpipe.errors import Interrupted
 from rlpipe.monitor.monitor import Monitor
 
 CONFIG = "config.yaml"
@@ -50,6 +51,7 @@ class Stage:
             need_cpus=sum(role.workers * role.cpus for role in needed),
             need_gpus=sum(role.workers * role.gpus for role in needed),
         )
+        interruption.install()  # Ray puts a handler of its own there, which ends the process without a word
         cluster.preflight(needed)
 
     def place(self, needed: Sequence[Role]) -> Placement:
@@ -64,7 +66,9 @@ class Stage:
         self.status = "finished"
         self.monitor.finish(summary, status=self.status)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt)):
+            self.status = "interrupted"
         if self.status != "finished":
             self.monitor.finish(self.driver.summary() if self.driver else {}, status=self.status)
         if self.driver is not None:

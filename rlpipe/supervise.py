@@ -35,7 +35,7 @@ from rlpipe import interruption, recipe
 from rlpipe.errors import CheckpointError, ConfigError
 from rlpipe.monitor.latest import latest_run
 from rlpipe.monitor.metrics import read_metrics
-from rlpipe.run_names import folders_of, free_folder
+from rlpipe.run_names import folders_of, free_folder, own_id
 
 PINNED = ("rlpipe.run", "rlpipe.sft")
 SAME_STEP = 3  # deaths in a row after the same step
@@ -90,8 +90,8 @@ def is_death(code: int) -> bool:
 def pin(command: list[str]) -> tuple[list[str], Path | None]:
     """(the command that every attempt runs, the folder of the run that it makes or continues; None if that is not known).
 
-    resume=auto without a run_id names the latest run as it is now; resume=FOLDER is pinned already. Raises ConfigError if the
-    recipe cannot be read.
+    resume=auto without a run_id names the latest run as it is now, resume=…/latest likewise; resume=FOLDER is pinned already.
+    Raises ConfigError if the recipe cannot be read.
     """
     found = [index for index, word in enumerate(command) if word in PINNED and command[index - 1] == "-m"]
     words = command[found[0] + 1 :] if found else []
@@ -100,14 +100,17 @@ def pin(command: list[str]) -> tuple[list[str], Path | None]:
     cfg = recipe.load(words)
     home = Path(cfg.output_dir) / cfg.name
     if cfg.resume not in ("auto", "never"):
-        return command, Path(cfg.resume)
+        folder = Path(cfg.resume)
+        if not folder.is_symlink():
+            return command, folder
+        return [*command, f"resume={folder.resolve()}"], folder.resolve()
     name = cfg.run_id if cfg.resume == "auto" else ""
     if cfg.resume == "auto" and not name:
         if cfg.checkpoint.path:  # of a machine that may be gone: the run finds out which was the latest
             return command, home
         latest = latest_run(home)
         if latest is not None and any(latest.glob("checkpoints/step_*")):
-            name = latest.name
+            name = own_id(latest) or latest.name
     name = name or free_folder(home, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").name
     return [*command, f"run_id={name}", "resume=auto"], home / name
 

@@ -7,7 +7,6 @@ loads it, and all end with its version and checksum.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 from rlpipe.cluster import wait
 from rlpipe.config import RunConfig
-from rlpipe.errors import ClusterError, LearnerLost, RlpipeError
+from rlpipe.errors import ClusterError, LearnerLost
 from rlpipe.learner.exporting import ADAPTERS, BASE, BROADCAST, SHARED, WHOLE, Order, Receipt
 from rlpipe.models.weights import Layout, combined
 from rlpipe.transport.meeting import first_line
@@ -61,6 +60,7 @@ class WeightSync:
         self.collective = cfg.mode == "sync" or cfg.rollout.partial
         self.fallbacks = self.groups = 0
         self.receipt: Receipt | None = None
+        self._lock = threading.Lock()
         self.forget()
 
     def forget(self) -> None:
@@ -69,7 +69,8 @@ class WeightSync:
         self._base: WeightUpdate | None = None
         self._group, self._members = "", 0
         self._learner: tuple[Facts, bool] | None = None
-        self._newest = -1
+        with self._lock:
+            self._newest = object()
 
     def publish(self, version: int, wait: bool = True) -> dict[str, float]:
         """Send the learner's weights as `version` to all workers, and keep them for later ones; metrics. wait: return when all
@@ -78,7 +79,8 @@ class WeightSync:
         Raises WeightMismatch, WorkerLost and WaitTimeout when the workers do not end with it, LearnerLost when a rank died.
         """
         started, fallbacks = time.monotonic(), self.fallbacks
-        self._newest = version
+        with self._lock:  # from now on nobody gives the pool an older one, be it of the same number
+            self._newest = object()
         if self._learner is None:
             self._learner = self.learner.weights_facts()
         contents = ADAPTERS if self._learner[1] else WHOLE
@@ -87,8 +89,11 @@ class WeightSync:
         update = WeightUpdate(version, layout, scalings=scalings, base=base)
         moved = layout.nbytes + (base.layout.nbytes if base and self._base is not base else 0)
         self._base = base
-        update = self._by_shortcut(update, contents) or self._by_store(update, contents)
-        self.rollouts.set_weights(update, wait=wait)
+        update, watch = self._by_shortcut(update, contents) or (self._by_store(update, contents), None)
+        # After a shortcut all workers have it, but for those that come up meanwhile: they may need what `watch` sees to.
+        self.rollouts.set_weights(update, wait=wait and watch is None)
+        if watch is not None:
+            watch.start()
         return {
             "perf/sync_s": time.monotonic() - started,
             "perf/sync_mb": moved / 2**20,
@@ -118,31 +123,32 @@ class WeightSync:
 
     # --- shortcuts ------------------------------------------------------------------------------------------------------
 
-    def _by_shortcut(self, update: WeightUpdate, contents: str) -> WeightUpdate | None:
-        """Broadcast, or shared memory, if one serves; then the update for the pool, else None. A failure is logged and counted,
-        and the version goes through the store."""
+    def _by_shortcut(self, update: WeightUpdate, contents: str) -> tuple[WeightUpdate, threading.Thread] | None:
+        """Broadcast, or shared memory, if one serves; then (the update for the pool, the thread that is to see to its way into
+        the store), else None. A failure is logged and counted, and the version goes through the store."""
         cannot = self.cfg.transport == AUTO and not self._learner[0].device
         if self.cfg.transport == STORE or cannot or not self.collective:
             return None
-        facts = self._facts()
-        way = self._way(facts)
-        if way == STORE:
-            return None
+        way = "a look at the workers"
         try:
+            facts = self._facts()
+            way = self._way(facts)
+            if way == STORE:
+                return None
             self.receipt = self._send(update, contents, way, facts)
+            workers = list(facts)
+            buckets, done = self._keep(workers[0], update)
         except LearnerLost:
             raise
-        except RlpipeError as error:
+        except Exception as error:  # of any kind: the store has the last word, and a worker that fails there too is replaced
             self.fallbacks += 1
             self._group = ""
-            log.warning("weights of version %d go through the object store: %s failed: %s", update.version, way, error)
+            why = first_line(error)
+            log.warning("weights of version %d go through the object store: %s failed: %s", update.version, way, why)
             return None
-        workers = list(facts)
-        buckets, done = self._keep(workers[0], update)
         stored = self._stored(update, buckets, self.receipt.digests)
-        watch = threading.Thread(target=self._see_to, args=(stored, workers, done), name="weights in the store", daemon=True)
-        watch.start()
-        return stored
+        about = (stored, workers, done, self._newest)
+        return stored, threading.Thread(target=self._see_to, args=about, name="weights in the store", daemon=True)
 
     def _facts(self) -> dict[int, Facts]:
         return self.rollouts.each("weights_facts", timeout_s=DEADLINE_S, what="where the rollout workers are")
@@ -183,11 +189,11 @@ class WeightSync:
         carrier = self.learner.prepare_weights(order)
         pending = self.learner.send_weights(contents)
         what = f"weights of version {update.version} by {way}"
-        failed: RlpipeError | None = None
+        failed: Exception | None = None
         sent = replace(update, carrier=carrier)
         try:
             replies = self.rollouts.each("load_weights", sent, timeout_s=self.cfg.timeout_s, what=what)
-        except RlpipeError as error:
+        except Exception as error:  # the ranks are under way all the same: they are waited for first
             failed = error
         receipt = self.learner.sent_weights(pending)
         if receipt.error:
@@ -209,22 +215,31 @@ class WeightSync:
         *buckets, done = self.rollouts.put_weights(worker, update.version, update.layout)
         return tuple(buckets), done
 
-    def _see_to(self, stored: WeightUpdate, workers: list[int], done: Any) -> None:
-        """If the worker dies, or is too late, before all is in the store, another one does it, until a newer version is out."""
-        for attempt, worker in enumerate(itertools.islice(itertools.cycle(workers), KEEP_ATTEMPTS * len(workers))):
-            what = f"weights of version {stored.version} from rollout worker {worker}"
+    def _see_to(self, stored: WeightUpdate, workers: list[int], done: Any, published: object) -> None:
+        """If the worker dies, or is too late, before all is in the store, another one does it, until a newer version is out:
+        until `published` is no longer the newest. Workers that were put to sleep hold it no more, and are not to be woken."""
+        worker, what = workers[0], f"weights of version {stored.version}"
+        for attempt in range(KEEP_ATTEMPTS * len(workers)):
             try:
                 if attempt:
+                    holders = [place for place, facts in self._facts().items() if facts.version == stored.version]
+                    if not holders:
+                        break
+                    worker = holders[attempt % len(holders)]
                     buckets, done = self._keep(worker, stored)
                     stored = replace(stored, carrier=replace(stored.carrier, buckets=buckets))
-                    self.rollouts.set_weights(stored, wait=False)
-                (good,) = wait([done], what=what, timeout_s=self.cfg.timeout_s)
+                    with self._lock:
+                        if self._newest is not published:
+                            return
+                        self.rollouts.set_weights(stored, wait=False)
+                (good,) = wait([done], what=f"{what} from rollout worker {worker}", timeout_s=self.cfg.timeout_s)
                 if good == len(stored.layout.sizes):
                     return
                 raise ClusterError(f"it holds {good} of {len(stored.layout.sizes)} buckets")
             except Exception as error:  # of any kind: the next worker may do better
-                if self._newest != stored.version:
+                if self._newest is not published:
                     return  # a newer version made it moot
-                log.warning("%s did not get into the object store: %s", what, first_line(error))
+                log.warning("%s from rollout worker %d did not get into the object store: %s", what, worker, first_line(error))
                 time.sleep(min(LONGEST_PAUSE_S, float(attempt)))
-        log.error("no rollout worker could keep version %d: one that starts before the next waits for it", stored.version)
+        if self._newest is published:
+            log.error("no rollout worker could keep version %d: one that starts before the next waits for it", stored.version)

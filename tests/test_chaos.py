@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
 KILLS = {"rollout": 6, "verifier": 3, "learner": 3, "node": 1, "driver": 3}  # of each run
 ACTORS = {"rollout": "ray::RolloutWorker", "verifier": "ray::VerifierWorker", "learner": "ray::LearnerWorker"}
-NODE_CPUS = 1.5  # two nodes are enough for all workers
+NODE_CPUS = 2  # two nodes are enough for all workers, one is not
 RECIPE = [
     "recipe=quickstart", f"steps={STEPS}", "eval.every=20", "checkpoint.every=2", "learner.workers=2", "learner.threads=1",
-    "learner.restarts=20", "rollout.workers=3", "rollout.min_workers=1", "monitor.wandb=disabled", "monitor.samples=2",
+    "learner.restarts=20", "rollout.workers=3", "rollout.min_workers=1", "rollout.cpus=0.6", "learner.cpus=0.6",
+    "monitor.wandb=disabled", "monitor.samples=2",
 ]  # fmt: skip
 
 
@@ -115,7 +116,7 @@ class Run:
             time.sleep(0.05)
             step = self.step()
             patient = 45.0 if step < 1 else 20.0
-            due = step >= 1 and (step > last or time.monotonic() - since > patient)
+            due = step >= 1 and (step >= last + 2 or time.monotonic() - since > patient)
             if shots and due:
                 time.sleep(rng.random())
                 if self.kill(shots[0], rng):

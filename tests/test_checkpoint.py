@@ -155,6 +155,30 @@ def test_a_snapshot_that_fails_counts_and_one_whose_ranks_died_does_not(tmp_path
     assert names(tmp_path) == ["step_000001"]
 
 
+def test_a_failure_that_the_run_went_back_behind_counts_no_more(tmp_path):
+    """Step 2 fails, step 3 is being written when a rank dies: the run goes back to it, and that is its newest checkpoint."""
+    ranks = Ranks()
+    made = saved(tmp_path, ranks, 1)
+    ranks.fails = CheckpointError("no room")
+    made.save(2, {"step": 2}, [ranks])
+    made._under_way.thread.join(10)
+    ranks.fails = None
+    made.save(3, {"step": 3}, [ranks])
+    assert made.failures == 1
+    assert made.restore([ranks], made.newest())["step"] == 3 and made.failures == 0
+    made.finish()
+
+
+def test_going_back_reads_a_checkpoint_once(tmp_path, monkeypatch):
+    ranks, read = Ranks(), []
+    made, damage = saved(tmp_path, ranks, 1, 2), manifest.damage
+    monkeypatch.setattr(manifest, "damage", lambda folder: read.append(folder.name) or damage(folder))
+    assert made.restore([ranks], made.newest())["step"] == 2
+    assert read == ["step_000002"]
+    flip(tmp_path / "checkpoints" / "step_000002" / "learner" / "state.pt")
+    assert made.restore([ranks], tmp_path / "checkpoints" / "step_000002")["step"] == 1, "and is read anew the next time"
+
+
 def test_a_hanging_write_ends_with_its_name(tmp_path):
     ranks = Ranks()
     made = saved(tmp_path, ranks, 1)

@@ -59,6 +59,48 @@ def test_resume_auto_finds_a_run_whose_folder_is_gone(tmp_path, url):
     assert run.run_folder(cfg)[1] is None
 
 
+@pytest.mark.parametrize("run_id", ("run", "7", "run7-"))
+def test_a_run_of_another_id_is_not_continued(tmp_path, url, run_id):
+    for name in ("run7", "20", "run-x"):
+        saved(run_dir(tmp_path).with_name(name), Ranks(), 1, path=url)
+    cfg = RunConfig(name="mine", resume="auto", run_id=run_id, output_dir=str(tmp_path / "node_b"))
+    cfg.checkpoint.path = url
+    assert run.run_folder(cfg) == (tmp_path / "node_b" / "mine" / run_id, None)
+    saved(run_dir(tmp_path).with_name(f"{run_id}-2"), Ranks(), 1, path=url)
+    assert run.run_folder(cfg)[0].name == f"{run_id}-2"
+
+
+def test_a_run_that_is_named_by_its_folder_gets_its_files_back(tmp_path, url):
+    saved(run_dir(tmp_path), Ranks(), 1, path=url)
+    cfg = RunConfig(name="mine", resume=str(tmp_path / "node_b" / "mine" / "run7"))
+    cfg.checkpoint.path = url
+    found, newest = run.run_folder(cfg)
+    assert newest.name == "step_000001" and (found / "config.yaml").read_text() == "steps: 4\n"
+
+
+def test_a_store_that_is_away_for_a_moment_does_not_end_a_run_that_has_all_of_it_here(tmp_path, url, monkeypatch):
+    ranks = Ranks()
+    made = saved(run_dir(tmp_path), ranks, 1, 2, path=url)
+
+    def away(*path, **settings):
+        raise ConnectionError("the line is down")
+
+    monkeypatch.setattr(type(made.remote.fs), "ls", away)
+    assert made.restore([ranks], made.newest())["step"] == 2
+    assert "the line is down" in made.said[-1] and "has to do" in made.said[-1]
+    with pytest.raises(CheckpointError, match="the line is down"):  # whoever starts cannot know what is there
+        Checkpoints(CheckpointConfig(path=url), run_dir(tmp_path)).newest()
+
+
+def test_a_run_whose_newest_list_is_damaged_does_not_stop_the_search(tmp_path, url):
+    for name in ("aa", "zz"):
+        made = saved(run_dir(tmp_path).with_name(name), Ranks(), 1, 2, path=url)
+    made.remote.fs.pipe_file(made.remote._path(2, "complete.json"), b"{")
+    assert checkpoint.find_run(url, "mine") == "zz"
+    made.remote.fs.pipe_file(made.remote._path(1, "complete.json"), b"{")
+    assert checkpoint.find_run(url, "mine") == "aa"
+
+
 def test_the_run_saved_last_is_the_one_that_goes_on(tmp_path, url):
     for name in ("zz", "aa"):
         saved(run_dir(tmp_path).with_name(name), Ranks(), 1, path=url)

@@ -146,8 +146,11 @@ def test_the_head_waits_for_the_run_to_save(pods):
     head = pods["head"]["containers"][0]
     (command,) = [head["lifecycle"]["preStop"]["exec"]["command"]]
     subprocess.run(["bash", "-n", "-c", command[-1]], check=True)
-    pattern = re.search(r"pkill -TERM -f '([^']+)'", command[-1])[1]
-    assert re.search(pattern, "python -m rlpipe.supervise retries=3 -- …") and not re.search(pattern, command[-1]), "not itself"
+    pattern = re.search(r"run='([^']+)'", command[-1])[1]
+    for python in ("python", "/home/ray/anaconda3/bin/python3.11"):
+        assert re.search(pattern, f"{python} -m rlpipe.supervise retries=3 -- …")
+    shell = "/bin/sh -c python -m rlpipe.supervise retries=3 -- …"  # whose death Ray answers by killing its process group
+    assert not re.search(pattern, shell) and not re.search(pattern, " ".join(command)), "nor itself"
     wait = {variable["name"]: variable["value"] for variable in head["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
     assert int(wait) < pods["head"]["terminationGracePeriodSeconds"]
 

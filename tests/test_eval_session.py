@@ -51,7 +51,7 @@ class InProcess:
 
 
 @contextlib.contextmanager
-def in_process(cfg, folder, verifier):
+def in_process(cfg, folder, verifier, run_dir=None):
     both = InProcess(cfg, folder, verifier)
     yield both, both
 

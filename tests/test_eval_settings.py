@@ -3,11 +3,12 @@
 import pytest
 
 from rlpipe import recipe, schema
-from rlpipe.config import DecoderConfig
+from rlpipe.config import DecoderConfig, ServerConfig
 from rlpipe.errors import ConfigError
 from rlpipe.eval.contestants import contestants, fitting
 from rlpipe.eval.settings import EvaluationConfig, check, load
 from rlpipe.models.spec import DiffusionSpec
+from rlpipe.server_settings import identity_of, with_servers_asked
 
 BLOCK = DiffusionSpec(mask_token_id=2, block_size=4)
 FULL = DiffusionSpec(mask_token_id=2, attention="full", block_size=0)
@@ -34,7 +35,7 @@ def test_every_key_is_documented_and_its_sections_are_those_of_a_run():
     for key in own.values():
         assert key.comment or key.name in run, f"{key.name} says nothing about itself"
     assert {name for name in own if "." in name} == {
-        name for name in run if name.startswith(("model.", "data.", "rollout.", "verifier.", "cluster."))
+        name for name in run if name.partition(".")[0] in ("model", "data", "rollout", "verifier", "cluster", "judge", "guide")
     }
     assert "data.options" in schema.free(EvaluationConfig) and "rollout.decoder.options" in schema.free(EvaluationConfig)
 
@@ -68,6 +69,33 @@ def test_a_run_gives_its_newest_weights_task_and_decoder(tmp_path, how):
     assert (cfg.rollout.decoder.tokens_per_step, cfg.rollout.decoder.temperature, cfg.samples) == (2, 0.5, 2)
     assert load([how.format(folder), "model.path=OTHER"]).model.path == "OTHER"
     assert load([how.format(folder), "task=countdown"]).data.options == {}, "options belong to a task"
+
+
+def test_a_run_gives_the_servers_that_its_verifier_and_decoder_ask(tmp_path):
+    said = {"verifier.name": "llm_judge", "judge.url": "http://judge/v1", "guide.model": "GUIDE"}
+    cfg = load([f"run={finished_run(tmp_path, **said)}"])
+    check(cfg)
+    assert (cfg.judge.url, cfg.guide.model) == ("http://judge/v1", "GUIDE")
+    unasked = with_servers_asked(cfg, ["math"], [])
+    assert (unasked.judge, unasked.guide) == (ServerConfig(), ServerConfig()), "nobody waits for a server of no use"
+    asked = with_servers_asked(cfg, ["math", "llm_judge"], ["mine"])
+    assert (asked.judge, asked.guide) == (cfg.judge, cfg.guide)
+
+
+def test_servers_that_are_missing_are_found_before_anything_starts():
+    assert "judge.url=http" in refused(checked, "verifier=llm_judge")
+    assert "judge.url=http" in refused(checked, "data.mixture=[{task: sudoku, verifier: reward_model}]")
+    assert "judge.url=localhost" in refused(checked, "judge.url=localhost")
+    cfg = checked("task=sudoku")
+    assert "judge.url=http" in refused(with_servers_asked, cfg, ["exact", "llm_judge"], [])
+    assert "decoder mine has select=guided" in refused(with_servers_asked, cfg, [], ["mine"])
+
+
+def test_what_a_server_answers_depends_on_its_model_and_not_on_its_address():
+    here, there = (ServerConfig(url=f"http://{host}/v1", model="M", key_env=host.upper()) for host in "ab")
+    assert identity_of(here) == identity_of(there) != identity_of(ServerConfig(model="N"))
+    assert identity_of(ServerConfig(url="http://a")) != identity_of(ServerConfig(url="http://b")), "all that is known of it"
+    assert identity_of(ServerConfig(model="M", args={"quantization": "fp8"})) != identity_of(ServerConfig(model="M"))
 
 
 def test_where_the_settings_come_from_must_be_there(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_trajectory import MONOTONE, trajectory
 
+from rlpipe import feed as feed_module
 from rlpipe import interruption
 from rlpipe.config import RunConfig
 from rlpipe.errors import Interrupted, RolloutFailed, VerifierFailed
@@ -316,6 +317,35 @@ def test_a_wait_ends_when_the_run_is_asked_to_end(monkeypatch):
     with pytest.raises(Interrupted):
         feed.take(1)
     assert sorted(feed.state()["pending"]) == list(range(8)), "nothing of the step is lost"
+    cluster.ended = True
+
+
+def test_over_sampling_counts_groups_not_floats():
+    cluster = Cluster()
+    cluster.ended = True
+    capacities = [
+        feed_of(settings(algo__prompts_per_step=10, rollout__oversample=o), cluster).capacity for o in (1.0, 1.1, 1.25)
+    ]
+    assert capacities == [10, 11, 13]
+
+
+def test_the_line_about_a_wait_is_said_only_while_something_is_awaited(monkeypatch):
+    monkeypatch.setattr(feed_module, "EVERY_S", 0.0)
+    cfg = settings(mode="sync", steps=3)
+    cluster = Cluster(pause=0.005)
+    harvests = train(cfg, cluster, feed_of(cfg, cluster))
+    cluster.ended = True
+    assert fates(harvests) == list(range(12)), "also when the last group is there by the time that it is due"
+
+
+def test_whoever_leaves_ends_what_is_under_way_and_keeps_it_for_the_next_start():
+    cfg = settings(max_lag=1)
+    cluster = Cluster(pause=30.0)
+    feed = feed_of(cfg, cluster)
+    feed.publish(0)
+    before = feed.state()
+    feed.abandon()
+    assert len(cluster.cancelled) == 4 and feed.state() == before and before["pending"] == list(range(8))
     cluster.ended = True
 
 

@@ -15,7 +15,7 @@ from rlpipe.feed import Feed
 from rlpipe.objectives.objective import build_objective
 from rlpipe.serving import connection
 from rlpipe.trajectory import Prompt
-from rlpipe.verifiers import rubrics
+from rlpipe.verifiers import rubrics, served
 from rlpipe.verifiers.checking import _check
 from rlpipe.verifiers.pool import VerifierPool
 from rlpipe.verifiers.registry import load_verifier
@@ -205,6 +205,9 @@ def test_a_rubric_of_your_own(server, tmp_path):
     }
     assert score(server, "x", **own)[0]["reward"] == 0.25
     assert server.asked[-1]["messages"][1]["content"].endswith("? {as it is}")
+    server.chat = lambda messages, body: "colour: Yes"
+    unquoted = {True: 1, False: 0}  # what YAML makes of {yes: 1, no: 0}
+    assert score(server, "x", **(own | {"values": unquoted}))[0]["reward"] == 1.0
     file = tmp_path / "rubric.txt"
     file.write_text("Rate {response}")
     server.chat = lambda messages, body: "7"
@@ -260,8 +263,13 @@ def test_a_reward_model(server, tmp_path, by):
     assert squashed == {"reward": pytest.approx(0.880797), "score": 5.0, "cached": 1.0}, "the number is kept, not the reward"
     assert asked(server) == 1
     server.score = lambda prompt, response: float("nan")
-    with pytest.raises(VerifierFailed, match="nan"):
-        score(server, "other", **options)
+    for before in (1, 2):
+        assert asked(server) == before
+        with pytest.raises(VerifierFailed, match="nan"):
+            score(server, "other", **options)
+    server.score = lambda prompt, response: 1.0
+    assert score(server, "other", extra={"truncate_prompt_tokens": 9}, **options)[0]["cached"] == 0.0
+    assert server.asked[-1]["truncate_prompt_tokens"] == 9
 
 
 def test_yes_or_no(server):
@@ -297,10 +305,23 @@ def test_parts_and_prompts_of_other_verifiers_are_judged_in_one_call(server):
 def test_a_call_is_given_the_time_of_its_deadline_once():
     cfg = VerifierConfig(parts={"llm_judge": 1.0, "math": 1.0}, options={"llm_judge": {"seconds": 50.0}})
     scorer = Scorer(cfg, "")
-    alone = scorer.longest(PROMPT) - 50.0
-    assert alone > 0 and scorer.longest_of([PROMPT] * 10) == pytest.approx(50.0 + 10 * alone)
-    started = with_server(cfg, ServerConfig(url="ray:judge", start_timeout_s=900.0), "")
-    assert Scorer(started, "").longest_of([PROMPT] * 3) == pytest.approx(950.0 + 3 * alone), "its server may be restarted"
+    asking = served.longest(50.0, {})
+    assert asking >= 50.0 + served.MODELS_S + served.TELLING_S, "a worker that is ended at its deadline cannot say why"
+    alone = scorer.longest(PROMPT) - asking
+    assert alone > 0 and scorer.longest_of([PROMPT] * 10) == pytest.approx(asking + 10 * alone)
+    started = with_server(cfg, ServerConfig(url="ray:judge", model="m", start_timeout_s=900.0), "")
+    later = asking - served.MODELS_S + 900.0
+    assert Scorer(started, "").longest_of([PROMPT] * 3) == pytest.approx(later + 3 * alone), "its server may be restarted"
+
+
+def test_two_verifiers_of_a_call_that_judge_many_ask_one_after_the_other():
+    options = {"llm_judge": {"seconds": 50.0}, "reward_model": {"seconds": 30.0}}
+    scorer = Scorer(VerifierConfig(name="llm_judge", options=options), "")
+    other = replace(PROMPT, verifier="reward_model")
+    both = served.longest(50.0, {}) + served.longest(30.0, {})
+    assert scorer.longest_of([PROMPT, other, PROMPT]) == pytest.approx(both)
+    twice = Scorer(VerifierConfig(name="llm_judge", parts={"task": 1.0, "llm_judge": 1.0}, options=options), "")
+    assert twice.longest_of([PROMPT] * 8) == pytest.approx(served.longest(50.0, {})), "one name is asked once"
 
 
 def groups(*texts: str):

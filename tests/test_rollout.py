@@ -141,13 +141,66 @@ def test_a_newer_update_overtakes_one_that_still_waits(folder):
     assert [version for version, _ in replies] == [10] and "version 9 were not taken" in refusals[0]
 
 
+def test_what_a_worker_has_already_disturbs_no_unit(folder):
+    made = worker(folder)
+    made.load_weights(update(folder, 8))
+    session = made._open(request(version=8))  # a unit that never steps again: nothing could be taken inside it
+    assert made.load_weights(update(folder, 8)) == (8, update(folder, 8).checksum)
+    assert made.offer is None and session._update is None
+    made.version = -1  # as after an update that failed: what was there before may be half gone
+    session = made.session = None
+    assert made.load_weights(update(folder, 8))[0] == made.version == 8
+
+
+def damaged(update: WeightUpdate) -> WeightUpdate:
+    bucket = update.carrier.buckets[0].copy()
+    bucket[7] ^= 1
+    return dataclasses.replace(update, carrier=Stored((bucket,), update.carrier.digests))
+
+
+def offered(made: RolloutWorker, what: WeightUpdate, told: list) -> threading.Thread:
+    """A thread in which `what` waits for its moment in the unit that is open."""
+
+    def load():
+        try:
+            told.append(made.load_weights(what))
+        except WeightMismatch as error:
+            told.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    while made.offer is None:
+        time.sleep(0.001)
+    return thread
+
+
+def test_damaged_weights_inside_a_unit_are_tried_once_and_end_it(folder):
+    made, told = worker(folder, slots=1), []
+    made.load_weights(update(folder, 8))
+    parts = made.generate(request(samples=2, version=8))
+    next(parts)
+    thread = offered(made, damaged(update(folder, 9)), told)
+    with pytest.raises(WeightMismatch, match="damaged"):
+        list(parts)
+    thread.join(10)
+    assert isinstance(told[0], WeightMismatch) and made.version == -1 and made.offer is None and made.session is None
+    assert made.load_weights(update(folder, 9))[0] == 9
+
+
+def test_damaged_weights_after_a_unit_do_not_undo_it(folder):
+    made, told = worker(folder), []
+    made.load_weights(update(folder, 8))
+    made._open(request(version=8))
+    thread = offered(made, damaged(update(folder, 9)), told)
+    made._close("")
+    thread.join(10)
+    assert isinstance(told[0], WeightMismatch) and made.version == -1 and made.offer is None
+
+
 def test_damaged_weights_are_refused_and_nothing_is_sampled_with_them(folder):
     made = worker(folder)
-    good = update(folder, 8)
-    bucket = good.carrier.buckets[0].copy()
-    bucket[7] ^= 1
     with pytest.raises(WeightMismatch, match="damaged"):
-        made.load_weights(dataclasses.replace(good, carrier=Stored((bucket,), good.carrier.digests)))
+        made.load_weights(damaged(update(folder, 8)))
     with pytest.raises(WeightMismatch, match="version -1"):
         next(made.generate(request(version=7)))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,13 +202,21 @@ def test_a_server_that_moves_is_found_again_and_the_time_does_not_count(server):
         moving.close()
 
 
+def test_an_answer_that_comes_as_the_wait_for_it_is_interrupted_counts():
+    class Late(Future):
+        def result(self, timeout=None):
+            if not self.done():  # when it is looked at; a moment later it is
+                raise TimeoutError(self.set_result(None))
+
+    connection.Connection(Address.of("http://x"), "the server")._wait(Late(), [], "/path", 5.0)
+
+
 def test_a_server_that_is_gone_for_good_is_not_waited_for():
     def find() -> Address:
         raise ServerError("its restarts are spent")
 
     gone = connection.Connection(find, "the server")
-    errors = gone.ask_all("/v1/chat/completions", [{}, {}], 30.0)
-    assert [str(error) for error in errors] == ["its restarts are spent"] * 2
+    assert [str(error) for error in gone.ask_all("/v1/chat/completions", [{}, {}], 30.0)] == ["its restarts are spent"] * 2
 
 
 def test_answers_are_kept_in_memory_and_on_disk(tmp_path):
@@ -251,8 +260,8 @@ def test_the_command_line_of_a_server(monkeypatch):
     words = engine.command(ServerConfig(model="m", gpus=2.0, args=args), "10.0.0.1", 8001, "/there/python")
     assert words == [
         "/there/python", "-m", engine.MODULE, "--model", "m", "--host", "10.0.0.1", "--port", "8001",
-        "--generation-config", "vllm", "--tensor-parallel-size", "2", "--max-model-len", "4096", "--enforce-eager",
-        "--hf-overrides", '{"a": 1}', "--x", "p", "q",
+        "--generation-config", "vllm", "--disable-uvicorn-access-log", "--tensor-parallel-size", "2", "--max-model-len", "4096",
+        "--enforce-eager", "--hf-overrides", '{"a": 1}', "--x", "p", "q",
     ]  # fmt: skip
     monkeypatch.delenv(engine.PYTHON_ENV, raising=False)
     if engine.importlib.util.find_spec("vllm") is None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -180,3 +181,29 @@ def test_memory_of_a_gpu_is_given_back():
     assert torch.cuda.mem_get_info(device)[0] - free > 0.95 * 2**29
     assert offload.wake() == 2**29
     assert bool((owner["weights"] == 1).all()) and bool((owner["state"][0] == 2).all())
+
+
+def test_a_learner_that_sleeps_does_not_take_along_what_is_being_written(tmp_path):
+    """Some models have buffers that belong to their files, and those leave the device with the rest."""
+    from safetensors.torch import load_file
+    from test_transport import PlainEngine
+
+    from rlpipe.learner.policy import PolicyLearner
+    from rlpipe.learner.snapshot import Writer
+
+    model, tokenizer = tiny("block")
+    model = copy.deepcopy(model)
+    model.lm.register_buffer("bias", torch.arange(8.0))
+    learner = object.__new__(PolicyLearner)
+    learner.engine = PlainEngine(model)
+    learner.engine.writer = writer = Writer(0)
+    writer.background, gate = True, threading.Event()
+    writer.submit(lambda: [] if gate.wait(30) else [])
+    learner.snapshot_model(tmp_path / "model", tokenizer)
+    offload = Offload()
+    assert offload.sleep(model, CPU) > 0
+    gate.set()
+    files = writer.finish()
+    offload.wake()
+    (weights,) = (path for path in files if path.suffix == ".safetensors")
+    assert torch.equal(load_file(weights)["bias"], torch.arange(8.0))

@@ -91,6 +91,14 @@ def test_the_latest_run_is_pinned_as_it_is_now(tmp_path):
     home = tmp_path / "quickstart"
     a_run(home, "old", saved=True)
     assert pin(words) == ([*words, "run_id=old", "resume=auto"], home / "old")
+    a_run(home, "old-2", "old", saved=True)
+    assert pin(words)[1].name == "old", "began anew, under the same id"
+    named_by_time = a_run(home, "20260101-120000", "", saved=True)
+    command, folder = pin(words)
+    assert folder == named_by_time and command[-2:] == ["run_id=20260101-120000", "resume=auto"]
+    assert folders_of(home, folder.name) == [named_by_time], "which is what the attempts go on with"
+    linked = [*words[:-1], f"resume={home / 'latest'}"]
+    assert pin(linked) == ([*linked, f"resume={named_by_time}"], named_by_time), "another run may be the latest by then"
     a_run(home, "unsaved")
     assert pin(words)[1].name not in ("old", "unsaved"), "the latest has nothing to go on from and may be somebody's"
     assert pin([*words, f"checkpoint.path={tmp_path}"]) == ([*words, f"checkpoint.path={tmp_path}"], home)
@@ -152,8 +160,9 @@ def test_run_folder_finds_the_run_of_a_name(tmp_path):
     cfg = recipe.load(["recipe=quickstart", f"output_dir={tmp_path}", "run_id=mine", "resume=auto"])
     assert run.run_folder(cfg) == (home / "mine", None)
     a_run(home, "mine")
+    a_run(home, "mine-2", "", saved=True)
     a_run(home, "other", saved=True)
-    assert run.run_folder(cfg) == (home / "mine-2", None), "the latest is not its own, and mine has nothing to go on from"
+    assert run.run_folder(cfg) == (home / "mine-3", None), "the latest is not its own, and mine has nothing to go on from"
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,9 @@ def test_adapters_alone_give_what_a_full_export_gives():
     assert receivers[1].receive(kept, late.lm) == (2, kept.checksum)
     assert same(late, worker), "a worker that starts later gets base and adapters, also from another worker"
     assert receivers[1].receive(kept, changed(late, 9).lm)[0] == 2
+    receivers[1].receive(stored(Exporter(PlainEngine(changed(plain, 3)), BUCKET), WHOLE, 7), late.lm)
+    receivers[1].receive(kept, late.lm)
+    assert same(late, worker), "a whole model in between took the base with it"
     receivers[1].forget()
     other = changed(late, 9)
     receivers[1].receive(kept, other.lm)
@@ -337,7 +340,7 @@ def test_a_sender_that_is_gone_fails_its_receivers_at_once():
     server, address = serve("127.0.0.1", 30.0)
     meeting = Meeting(reach(address, 30.0), "v", 30.0)
     failed = []
-    thread = threading.Thread(target=lambda: failed.append(pytest.raises(ClusterError, meeting.arrive)))
+    thread = threading.Thread(target=lambda: failed.append(pytest.raises(ClusterError, meeting.arrive, 1)))
     thread.start()
     other = Meeting(reach(address, 30.0), "v", 30.0)
     while other.keys.add("arrived", 0) == 0:
@@ -346,7 +349,7 @@ def test_a_sender_that_is_gone_fails_its_receivers_at_once():
     thread.join(10)
     assert not thread.is_alive() and "waited in vain" in str(failed[0].value)
     with pytest.raises(ClusterError, match="the sender is gone"):
-        meeting.arrive()
+        meeting.arrive(2)
     with pytest.raises(ClusterError, match="is not there"):
         reach(address, 0.1)
 
@@ -369,3 +372,18 @@ def test_the_dead_of_this_machine_are_known():
     while runs(child.pid):  # it stays as a zombie until somebody asks how it ended
         time.sleep(0.01)
     child.wait()
+
+
+def test_a_receiver_too_many_is_refused_before_a_byte_is_sent():
+    """The sender would take a bucket back when the number it knows of has it, while one more still reads."""
+    source, receivers = changed(tiny("block")[0], 1), [Receiver(), Receiver()]
+    targets = [copy.deepcopy(tiny("block")[0]) for _ in receivers]
+    receipt, replies = send(Exporter(PlainEngine(source), BUCKET), SHARED, 1, receivers, targets, expected=1, timeout_s=5.0)
+    assert any("1 receivers were asked, and 2 came" in str(reply) for reply in replies)
+    assert receipt.error == "" or "a receiver failed" in receipt.error
+
+
+def test_ranks_that_were_told_nothing_say_so_and_gather_to_the_end():
+    exporter = Exporter(PlainEngine(tiny("block")[0], 3), BUCKET)
+    assert "nothing was prepared" in exporter.send(WHOLE).error
+    assert exporter.engine.gathers == len(exporter.plan(WHOLE)[0].sizes)

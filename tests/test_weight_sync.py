@@ -250,6 +250,7 @@ def test_a_worker_that_dies_in_the_middle_costs_a_detour(ranks, pool, transport)
     assert sync.publish(3)["perf/sync_fallbacks"] == 0
     check(ranks, pool, 3)
     assert sync.groups == (2 if transport == BROADCAST else 0), "the group is made anew"
+    sync.forget()
 
 
 def test_a_worker_that_starts_later_gets_the_version_from_the_store(ranks, pool):
@@ -268,6 +269,7 @@ def test_a_worker_that_starts_later_gets_the_version_from_the_store(ranks, pool)
     pool.pool.wait_prepared(120)
     check(ranks, pool, 6)
     assert sync._base.layout == ranks.weights_plan(BASE)[0]
+    sync.forget()
 
 
 def until(condition, seconds: float = 120.0) -> None:

@@ -187,6 +187,9 @@ class Versions:
     def __init__(self, rollouts: RolloutPool):
         self.rollouts = rollouts
 
+    def forget(self) -> None:
+        """There is nothing to forget."""
+
     def publish(self, version: int, wait: bool = True) -> dict[str, float]:
         self.rollouts.set_weights(Weights(version), wait=wait)
         return {}

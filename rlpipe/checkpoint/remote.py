@@ -6,6 +6,7 @@ count. So an upload that was cut off is nothing but space, which the next one fr
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 from rlpipe.checkpoint import manifest
 from rlpipe.checkpoint.folders import commit, name_of, step_of
 from rlpipe.errors import CheckpointError
+
+log = logging.getLogger("rlpipe")
 
 
 @contextmanager
@@ -45,8 +48,12 @@ class Remote:
         return sorted(step for step in self._steps() if self._has(step))
 
     def written(self, step: int) -> float:
-        """When a complete checkpoint was made, in seconds since 1970."""
-        return float(self._list(step).get("written", 0.0))
+        """When a complete checkpoint was made, in seconds since 1970; 0 if its list is damaged."""
+        try:
+            return float(self._list(step).get("written", 0.0))
+        except CheckpointError as error:
+            log.warning("%s", error)
+            return 0.0
 
     def upload(self, folder: Path) -> None:
         """A complete local checkpoint."""

@@ -83,6 +83,8 @@ class Checkpoints:
         self._under_way: _Write | None = None
         self._last: Exception | None = None  # why the newest write failed; None if it did not
         self._saved: int | None = None  # step of the newest write, if that was this object's and the run has not gone back
+        self._whole: Path | None = None  # what `newest` has just read, so that `restore` need not do it again
+        self._here = False  # the newest checkpoint is known to be in `home`: this object wrote it, or loaded it from there
 
     def metrics(self) -> dict[str, float]:
         """perf/checkpoint_s: seconds that the loop waited for checkpoints since the last call; empty if there were none."""
@@ -146,16 +148,28 @@ class Checkpoints:
     def complete(self) -> list[Path]:
         """Folders of the complete checkpoints, oldest first; those that are only at the URL under the name that they will have
         here. Whether they are damaged is not looked at."""
-        known = {step: self.home / folders.name_of(step) for step in (self.remote.complete() if self.remote else ())}
+        known = {step: self.home / folders.name_of(step) for step in self._copied()}
         for home in (self.link, self.home):  # the run may have begun without a path; the same folders for all other runs
             known |= {folders.step_of(folder.name): folder for folder in folders.complete_in(home)}
         return [known[step] for step in sorted(known)]
+
+    def _copied(self) -> list[int]:
+        """Steps that are complete at the URL. One that cannot be reached is a warning, where nothing newer could be there."""
+        try:
+            return self.remote.complete() if self.remote else []
+        except CheckpointError as error:
+            if not self._here:
+                raise
+            self.warn(f"{error}; what is in {self.home} has to do")
+            return []
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint that is not damaged, fetched if it is only at the URL; None without one. Every file is
         read, and what is damaged is a warning. What is being written is waited for."""
         self._give_up()
-        return self._undamaged(self.complete())
+        self._whole = None
+        self._whole = self._undamaged(self.complete())
+        return self._whole
 
     def restore(self, groups: Sequence[Group], location: Path) -> dict[str, Any]:
         """Load a checkpoint into the ranks, or the one before if it is damaged (a warning says so); returns the driver's state,
@@ -165,10 +179,10 @@ class Checkpoints:
         checkpoint is left or the ranks cannot load it.
         """
         self._give_up()
-        self._saved = None
+        self._saved = self._last = None
         step = folders.step_of(Path(location).name)
         before = [folder for folder in self.complete() if folders.step_of(folder.name) <= step]
-        folder = self._undamaged(before)
+        folder, self._whole = self._undamaged(before), None
         if folder is None:
             raise CheckpointError(f"{location} is damaged or gone, and there is none before it; start anew with resume=never")
         folder = folder.resolve()
@@ -180,6 +194,7 @@ class Checkpoints:
         how = self._prepare(groups, folder, state)
         for group in groups:
             group.load(str(folder), how)
+        self._here = True
         return state
 
     def _prepare(self, groups: Sequence[Group], folder: Path, state: dict[str, Any]) -> str:
@@ -201,7 +216,7 @@ class Checkpoints:
         """The last one that is. Raises CheckpointError if there are some and all are damaged."""
         damaged: list[str] = []
         for folder in reversed(saved):
-            wrong = self._wrong_with(folder)
+            wrong = "" if folder == self._whole else self._wrong_with(folder)
             if not wrong:
                 if damaged:
                     self.warn(f"using {folder.name} instead")
@@ -223,7 +238,7 @@ class Checkpoints:
             if not wrong:
                 return ""
         step = folders.step_of(folder.name)
-        if self.remote is None or step not in self.remote.complete():
+        if self.remote is None or step not in self._copied():
             return wrong or f"{folder} is gone"
         self.note(f"fetching {folder.name} from {self.remote.url}")
         self._make_home()
@@ -277,13 +292,15 @@ class Checkpoints:
         write, self._under_way = self._under_way, None
         if write is not None:
             write.wait(self.timeout_s)
-            if write.error is not None:
+            if write.error is None:
+                self._account(write)
+            else:
                 shutil.rmtree(write.partial, ignore_errors=True)
                 self.warn(f"the checkpoint of step {write.step} that was being written is lost: {write.error}")
 
     def _account(self, write: _Write) -> None:
         if write.error is None:
-            self.failures, self._last, self._saved = 0, None, write.step
+            self.failures, self._last, self._saved, self._here = 0, None, write.step, True
         else:
             shutil.rmtree(write.partial, ignore_errors=True)
             self._failed(write.step, write.error)
@@ -345,13 +362,21 @@ def find_run(path: str, recipe: str, wanted: Callable[[str], bool] = lambda name
             place = remote.Remote(f"{url}/{name}")
             steps = place.complete()
             if steps:
-                times[name] = place.written(steps[-1])
+                times[name] = max(map(place.written, steps))
     else:
         for home in (Path(path).expanduser() / recipe).glob("*"):
             saved = folders.complete_in(home) if wanted(home.name) else []
             if saved:
-                times[home.name] = (saved[-1] / STATE).stat().st_mtime
+                times[home.name] = max(map(_written, saved))
     return max(times, key=times.get) if times else None
+
+
+def _written(folder: Path) -> float:
+    """When a checkpoint was made, in seconds since 1970; 0 if its run has removed it meanwhile."""
+    try:
+        return (folder / STATE).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def unpack(folder: Path, run_dir: Path) -> None:

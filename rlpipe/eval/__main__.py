@@ -12,7 +12,7 @@ from rlpipe.run import main as entry
 
 USAGE = """python -m rlpipe.eval run=outputs/RECIPE/latest decoders=[sdar_static,{preset: sdar_dynamic, threshold: 0.7}] …
 python -m rlpipe.eval model.path=FOLDER task=gsm8k max_tokens=512 samples=8 k=[1,8] decoders=[…] …
-run=FOLDER: model, task, template, verifier and decoder of a run · recipe=NAME|path.yaml: of a recipe"""
+run=FOLDER: model, task, template, verifier, judge, decoder and guide of a run · recipe=NAME|path.yaml: of a recipe"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

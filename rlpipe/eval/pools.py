@@ -19,14 +19,17 @@ from rlpipe.verifiers.served import with_server
 
 log = logging.getLogger("rlpipe")
 
+OUTPUTS = "outputs"  # of evaluations
+
 
 @contextmanager
 def workers(
-    cfg: EvaluationConfig | RunConfig, model_folder: str, verifier: str, run_dir: Path = Path("outputs")
+    cfg: EvaluationConfig | RunConfig, model_folder: str, verifier: str, run_dir: Path | None = None
 ) -> Iterator[tuple[RolloutPool, VerifierPool]]:
     """Connect to Ray, start both pools, and end everything that was started. Rollout workers keep the weights that they load
-    themselves, restarted ones too: nothing is sent to them. run_dir: for logs of servers. Raises ClusterError
-    and what workers raise."""
+    themselves, restarted ones too: nothing is sent to them. run_dir: for logs of servers; None: where the results of a run
+    would go. Raises ClusterError and what workers raise."""
+    home = Path(cfg.output_dir if isinstance(cfg, RunConfig) else OUTPUTS)
     roles = [
         Role("rollout", cfg.rollout.workers, cfg.rollout.cpus, cfg.rollout.gpus),
         Role("verifier", cfg.verifier.workers, cfg.verifier.cpus),
@@ -38,11 +41,11 @@ def workers(
     try:
         cluster.preflight(roles)
         placement = cluster.place(roles, cfg.cluster.start_timeout_s)
-        servers = Servers(cfg, run_dir, placement.options)
+        servers = Servers(cfg, run_dir or home, placement.options)
         servers.wait()
         settled = servers.settled()
         rollouts = RolloutPool(settled, model_folder, placement)
-        judging = with_server(settled.verifier, settled.judge, str(Path("outputs/cache/judge").absolute()))
+        judging = with_server(settled.verifier, settled.judge, str(home.absolute() / "cache" / "judge"))
         verifiers = VerifierPool(judging, verifier, placement, cfg.cluster.start_timeout_s)
         yield rollouts, verifiers
     finally:

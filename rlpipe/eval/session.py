@@ -24,7 +24,8 @@ from rlpipe.models.spec import DiffusionSpec
 from rlpipe.monitor.console import Console
 from rlpipe.monitor.latest import latest_run
 from rlpipe.rollout.pool import RolloutPool
-from rlpipe.server_settings import ROLES
+from rlpipe.sampling.decoder import GUIDED
+from rlpipe.server_settings import ROLES, identity_of, with_servers_asked
 from rlpipe.trajectory import Prompt
 from rlpipe.verifiers.pool import VerifierPool
 
@@ -38,11 +39,13 @@ JUDGED_TOGETHER = 8  # batches of each verifier worker between two writes of ver
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """prompts: those to answer · identity: what the source, its template and the verifiers are · verifier: the task's own."""
+    """prompts: those to answer · identity: what the source, its template and the verifiers are · verifier: the task's own ·
+    verifiers: all that may judge."""
 
     prompts: list[Prompt]
     identity: dict[str, Any]
     verifier: str
+    verifiers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ def plan(cfg: EvaluationConfig) -> Plan:
     model = check_model(cfg.model.path, **settings_of(cfg.model))
     rows = contestants(cfg.decoders, cfg.rollout.decoder, cfg.hex, model.spec, cfg.model.path)
     task = read_task(cfg, model.spec)
+    guided = [row.label for row in rows if any(member.config.select == GUIDED for member in row.members)]
+    cfg = with_servers_asked(cfg, task.verifiers, guided)
     log.info("hashing the weights of %s", model.folder)
     identity = {
         "weights": weights_hash(model.folder),
@@ -89,7 +94,7 @@ def plan(cfg: EvaluationConfig) -> Plan:
         "model": {"family": model.family.name, "dtype": cfg.model.dtype} | model.spec.to_dict(),
         **task.identity,
         "seed": cfg.seed,
-        **{role: [server.model, server.url] for role in ROLES if (server := getattr(cfg, role)).model or server.url},
+        **{role: identity_of(server) for role in ROLES if (server := getattr(cfg, role)).model or server.url},
     }
     return Plan(cfg, model.folder, model.spec, rows, task, identity)
 
@@ -115,7 +120,8 @@ def read_task(cfg: EvaluationConfig, spec: DiffusionSpec) -> Task:
         "templates": _templates(source),
         "verifier": {"of the task": list(source.verifiers)} | judged_by,
     }
-    return Task(prompts, identity, source.verifier)
+    named = (cfg.verifier.name or source.verifier, *cfg.verifier.parts, *(prompt.verifier for prompt in prompts))
+    return Task(prompts, identity, source.verifier, tuple(dict.fromkeys(named)))
 
 
 def _templates(source: Any) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from rlpipe.errors import ConfigError
 from rlpipe.evaluation.samples import SEED
 from rlpipe.monitor.latest import NAME as LATEST
 from rlpipe.monitor.latest import latest_run
+from rlpipe.server_settings import check_servers
 
 SHORT = {  # names for what is said most often
     "task": "data.task",
@@ -25,7 +26,7 @@ SHORT = {  # names for what is said most often
     "verifier": "verifier.name",
     "workers": "rollout.workers",
 }
-SHARED = ("model", "data", "rollout", "verifier", "cluster")  # sections that a run has too
+SHARED = ("model", "data", "rollout", "verifier", "cluster", "judge", "guide")  # sections that a run has too
 RESUME = ("never", "auto")
 MADE = ("tiny:", CONVERT)  # models that a run makes before it starts
 
@@ -57,8 +58,9 @@ class EvaluationConfig:
 
 
 def load(arguments: Sequence[str]) -> EvaluationConfig:
-    """`key=value …` → EvaluationConfig. `run=FOLDER` takes model (its newest checkpoint), task, template, verifier and decoder
-    from a run; `recipe=NAME|path.yaml` from a recipe, which may be a run's config.yaml. Raises ConfigError."""
+    """`key=value …` → EvaluationConfig. `run=FOLDER` takes model (its newest checkpoint), task, template, verifier, decoder
+    and the servers that they ask from a run; `recipe=NAME|path.yaml` from a recipe, which may be a run's config.yaml. Raises
+    ConfigError."""
     said = dict(recipe.split(argument) for argument in arguments)
     if "run" in said and "recipe" in said:
         raise ConfigError("run= and recipe= both say where the settings come from; give one of them")
@@ -104,6 +106,7 @@ def check(cfg: EvaluationConfig) -> None:
     """ConfigError for the first contradiction; those that need the model or the task come when these are read."""
     run_keys = schema.keys()
     check_settings({key: value for key, value in schema.flat(cfg).items() if key in run_keys})
+    check_servers(cfg)
     if not cfg.model.path or cfg.model.path.startswith(MADE):
         raise ConfigError(
             f"model.path={cfg.model.path}: give the model to evaluate: run=outputs/RECIPE/latest for the newest checkpoint of "

@@ -215,7 +215,7 @@ class Engine:
 
     def convert(self, folder: Path) -> None:
         """Make a checkpoint readable for `load` with "universal"; one rank is enough. Raises CheckpointError."""
-        convert(folder, self.name, self.config.timeout_s)
+        convert(folder, self.name, 0.9 * self.config.timeout_s)  # before whoever waits for this rank takes it for lost
 
     def load(self, folder: Path, how: str = PLAIN) -> None:
         """how: plain, from as many ranks; or universal, after `convert`. Raises CheckpointError if that is not possible."""

@@ -105,7 +105,7 @@ class Exporter:
 
         if self.engine.rank == 0 and sender is None:
             self._error = "nothing was prepared to send the weights by"
-        buckets = self._packed(contents, lambda number: self._try(sender.buffer, number))
+        buckets = self._packed(contents, lambda number: self._try(lambda: sender.buffer(number)))
         for number, bucket in buckets:
             if bucket is not None:
                 self._try(hand_on, number, bucket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from rlpipe.checkpoint.fitting import PLAIN, shape
 from rlpipe.checkpoint.manifest import Part
-from rlpipe.cluster import Placement, wait
+from rlpipe.cluster import Placement, first_line, wait
 from rlpipe.config import RunConfig
 from rlpipe.errors import LearnerLost, RlpipeError, WaitTimeout, WorkerLost
 from rlpipe.learner.engine import merge_sums
@@ -63,7 +64,12 @@ class RankGroup:
         """End all ranks and start fresh ones, on whatever nodes have room."""
         self.close()
         self.placement.until_ready(self.cfg.cluster.start_timeout_s, self.role)
-        self.start()
+        try:
+            self.start()
+        except RlpipeError:
+            raise
+        except Exception as error:  # they did start once, so it is not they: a port that was taken meanwhile, say
+            raise LearnerLost(f"the {self.role}'s ranks did not start again: {first_line(error)}") from error
 
     def shards(self, plan: StepPlan) -> list[Shard]:
         """The ranks' parts of a step: the same for every group of ranks."""
@@ -131,11 +137,6 @@ class RankGroup:
     def wake(self) -> None:
         self._wait([worker.wake.remote() for worker in self.workers], f"the {self.role}'s ranks to wake up")
 
-    def pids(self) -> list[int]:
-        """Process numbers of the ranks, in order."""
-        pings = [worker.pid.options(concurrency_group=CONTROL).remote() for worker in self.workers]
-        return wait(pings, what=f"process numbers of the {self.role}", timeout_s=self.config.timeout_s)
-
     def usage(self) -> list[dict[str, Any]]:
         """What each rank uses of memory; see `rlpipe.usage`."""
         asked = [worker.usage.options(concurrency_group=CONTROL).remote() for worker in self.workers]
@@ -145,22 +146,26 @@ class RankGroup:
         try:
             return wait(references, what=what, timeout_s=timeout_s or self.config.timeout_s)
         except (WorkerLost, WaitTimeout) as error:
-            raise LearnerLost(f"{what}: {error}") from error
+            raise LearnerLost(f"{self._who(self._dead())}: {error}") from error
         except RlpipeError:
             raise
         except Exception as error:  # a rank whose peer died sees a broken connection before Ray sees the death
             dead = self._dead()
             if not dead:
                 raise
-            raise LearnerLost(f"{what}: {self.role} rank {', '.join(map(str, dead))} died, its peers with {error}") from error
+            raise LearnerLost(f"{self._who(dead)} during {what}, and its peers saw: {first_line(error)}") from error
+
+    def _who(self, dead: list[int]) -> str:
+        return f"{self.role} rank {', '.join(map(str, dead))} died" if dead else f"{self.role} ranks are silent"
 
     def _dead(self) -> list[int]:
-        """Ranks that no longer answer."""
-        dead = []
-        for rank, worker in enumerate(self.workers):
+        """Ranks that no longer answer, all of them asked at once."""
+        pings = [worker.pid.options(concurrency_group=CONTROL).remote() for worker in self.workers]
+        dead, ends = [], time.monotonic() + PING_S
+        for rank, ping in enumerate(pings):
+            left = max(0.1, ends - time.monotonic())
             try:
-                ping = worker.pid.options(concurrency_group=CONTROL).remote()
-                wait([ping], what=f"a sign of life of {self.role} rank {rank}", timeout_s=PING_S)
+                wait([ping], what=f"a sign of life of {self.role} rank {rank}", timeout_s=left)
             except (WorkerLost, WaitTimeout):
                 dead.append(rank)
         return dead

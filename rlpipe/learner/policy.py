@@ -18,6 +18,7 @@ from rlpipe.learner.engine import Engine
 from rlpipe.learner.micro_batches import Shard
 from rlpipe.learner.reshaping import adapters_of, write_adapters
 from rlpipe.learner.sharding import frozen_copy
+from rlpipe.learner.snapshot import buffers_of
 from rlpipe.models.adapters import has_adapters, without_adapters
 from rlpipe.models.loading import load_model, save_model
 from rlpipe.models.policy import DiffusionLM
@@ -162,7 +163,8 @@ class PolicyLearner:
                 writer.submit_tensors(state, folder / "reference.pt")
 
     def snapshot_model(self, folder: Path, tokenizer) -> None:
-        write = lambda weights: save_model(self.engine.model, tokenizer, folder, weights)  # noqa: E731
+        buffers = buffers_of(self.engine.model.lm)
+        write = lambda weights: save_model(self.engine.model, tokenizer, folder, weights, buffers=buffers)  # noqa: E731
         self.engine.snapshot_model(folder, write)
 
     def save(self, folder: Path) -> None:

@@ -120,6 +120,11 @@ def host_copy(state: Any, seen: dict[tuple, torch.Tensor] | None = None) -> Any:
     return copy.deepcopy(state)
 
 
+def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Its buffers by name, copied: where roles take turns on a GPU, they have left it before all is written."""
+    return host_copy(dict(module.named_buffers()))
+
+
 def checkpoint_engine(writer: Writer) -> Any:
     """DeepSpeed's checkpoint engine with its writes handed to `writer`."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine

@@ -14,6 +14,7 @@ from rlpipe.config import LearnerConfig, ValueConfig
 from rlpipe.learner.batches import Batches, is_filler
 from rlpipe.learner.engine import Engine
 from rlpipe.learner.micro_batches import Shard
+from rlpipe.learner.snapshot import buffers_of
 from rlpipe.models.loading import load_model, save_model
 from rlpipe.models.value import HEAD_FILE, ValueModel
 from rlpipe.objectives.losses import value_loss
@@ -74,8 +75,10 @@ class ValueLearner:
         with self.engine.gathered(list(self.engine.model.head.parameters())):
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.engine.model.head.state_dict().items()}
 
+        buffers = buffers_of(self.engine.model.lm)
+
         def write(weights) -> None:
-            save_model(self.engine.model, tokenizer, folder, weights)
+            save_model(self.engine.model, tokenizer, folder, weights, buffers=buffers)
             save_file(head, folder / HEAD_FILE)
 
         self.engine.snapshot_model(folder, write)

@@ -301,6 +301,7 @@ def save_model(
     folder: str | Path,
     state: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | None = None,
     shard_bytes: int = export.SHARD_BYTES,
+    buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write weights, config (with the spec) and tokenizer in the layout that the model was loaded from.
 
@@ -308,20 +309,22 @@ def save_model(
     is written as its stock class.
 
     model: a DiffusionLM or what has its `lm`, `spec` and `provenance` · state: stock parameters by name or as they come, for a
-    model whose own are sharded; adapters are merged otherwise · shard_bytes: of one file. Raises OSError if the disk refuses.
+    model whose own are sharded; adapters are merged otherwise · shard_bytes: of one file · buffers: the stock model's by name,
+    if its own may have moved. Raises OSError if the disk refuses.
     """
     lm, folder = model.lm, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     origin = model.provenance or _made_here(model)
     merged = merged_parameters(lm)
     saved = lm.state_dict(keep_vars=True).keys()
-    buffers = [(name, buffer) for name, buffer in lm.named_buffers() if name in saved]
+    held = dict(lm.named_buffers()) if buffers is None else buffers
+    kept = [(name, buffer) for name, buffer in held.items() if name in saved]
     if state is None:
         state = ((part.name, part.tensor()) for part in merged)
     parameters = state.items() if isinstance(state, Mapping) else state
-    names = [*(part.name for part in merged), *(name for name, _ in buffers)]
+    names = [*(part.name for part in merged), *(name for name, _ in kept)]
     writer = ShardWriter(folder, shard_bytes)
-    for name, tensor in original_tensors(origin.weights, names, chain(parameters, buffers), origin.copies):
+    for name, tensor in original_tensors(origin.weights, names, chain(parameters, kept), origin.copies):
         writer.add(name, tensor)
     writer.close()
     if model.provenance is None:

@@ -81,6 +81,11 @@ class Monitor:
             lost = lost_work(self.metrics.dropped)
             self.incident("resume", f"resumed at step {step}; {lost}", **lost.facts())
 
+    @property
+    def last_step(self) -> int:
+        """The last one logged, -1 before any."""
+        return self.metrics.last_step
+
     def watch(self) -> None:
         """From now on the state of the connected cluster is sampled and joins the metrics, as do the counts of incidents."""
         if self._sampler is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +16,18 @@ from rlpipe.actor_pool import ActorPool, Call, Failure, Ticket, next_of
 from rlpipe.actor_slot import Preparation
 from rlpipe.cluster import Placement
 from rlpipe.config import DecoderConfig, RunConfig
-from rlpipe.errors import RolloutFailed, WeightMismatch
+from rlpipe.errors import RolloutFailed, WeightMismatch, WorkerLost
 from rlpipe.models.weights import Layout
 from rlpipe.rollout.worker import RolloutPart, RolloutRequest, RolloutWorker
 from rlpipe.sampling.engine import EngineCounters
 from rlpipe.trajectory import Prompt, Trajectory
 from rlpipe.transport.update import WeightUpdate
 
+log = logging.getLogger("rlpipe")
+
 CONTROL = "control"  # the concurrency group of calls that do not wait for a unit
 CONTROL_CALLS = 4  # of these at a time
+DISPLAY_S = 30.0  # for a worker to spell out some tokens
 
 
 @dataclass(slots=True)
@@ -92,7 +96,6 @@ class RolloutPool:
 
         A worker that ends with another version or checksum is replaced, and so is one that does not answer in time.
         """
-        self.version = update.version
 
         def check(reply: tuple[int, str]) -> None:
             wanted = (update.version, update.checksum or reply[1])
@@ -110,13 +113,20 @@ class RolloutPool:
                 at_once=self.at_once,
             )
         )
+        self.version = update.version  # not before: a unit asks for no weights that its worker need not have
         if wait:
-            self.pool.wait_prepared(self.cfg.timeout_s)
+            self._wait_prepared()
 
     def sleep(self) -> None:
-        """All workers let go of weights and cache; weights wake them. One that starts meanwhile does so first."""
-        self.pool.prepare(Preparation("sleep", (), label="rollout workers to sleep", timeout_s=self.cfg.timeout_s))
-        self.pool.wait_prepared(self.cfg.timeout_s)
+        """All workers let go of weights and cache; weights wake them, and units wait for that. A worker that starts meanwhile
+        does so first."""
+        label = "rollout workers to sleep"
+        self.pool.prepare(Preparation("sleep", (), label=label, timeout_s=self.cfg.timeout_s, rest=True))
+        self._wait_prepared()
+
+    def _wait_prepared(self) -> None:
+        """A worker that hangs is replaced after `timeout_s`: the wait outlasts that, the next one's start and its own turn."""
+        self.pool.wait_prepared(2 * self.cfg.timeout_s + self.pool.start_timeout_s)
 
     def put_weights(self, worker: int, version: int, layout: Layout) -> list:
         """References to the buckets that a worker puts into the object store from its own copy, and to their number."""
@@ -216,7 +226,12 @@ class RolloutPool:
                 self.cancel(ticket)
 
     def token_texts(self, responses: Sequence[np.ndarray]) -> list[list[str]]:
-        """Tokens one by one, for display; decoded by whichever worker is free."""
+        """Tokens one by one, for display: by a worker beside its unit, whose end may be minutes away. If none answers it is a
+        unit of its own, which waits for workers. Raises RolloutFailed."""
+        try:
+            return self.pool.any("token_texts", list(responses), timeout_s=DISPLAY_S, what="token texts")
+        except WorkerLost:
+            log.info("no rollout worker is up to spell out tokens; the step's samples wait for one")
         result = self.pool.run(
             [Call("token_texts", (list(responses),), label="display")], timeout_s=self.cfg.timeout_s, what="token texts"
         )[0]

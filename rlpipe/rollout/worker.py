@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -95,7 +96,6 @@ class RolloutWorker:
         self.version = -1  # nothing is sampled before the first weight update
         self.lock = threading.Lock()  # of what follows: whose turn it is to touch the model
         self.session: Session | None = None
-        self.unit = ""
         self.aborted: set[str] = set()
         self.offer: _Offer | None = None
 
@@ -107,8 +107,12 @@ class RolloutWorker:
 
     def load_weights(self, update: WeightUpdate) -> tuple[int, str]:
         """Take a weight update; returns (version, checksum) for the driver to compare. In the middle of a unit it is taken
-        between two blocks, see `Session.update`. Raises WeightMismatch for an update that is damaged or of another model."""
+        between two blocks, see `Session.update`; one that is here already, by another way, disturbs nothing. Raises
+        WeightMismatch for an update that is damaged or of another model."""
         with self.lock:
+            wanted = (update.version, update.checksum)
+            if update.checksum and self.version == update.version and (self.weights.version, self.weights.checksum) == wanted:
+                return wanted
             offer = _Offer(update)
             if self.session is None:
                 return self._take(offer)
@@ -144,8 +148,9 @@ class RolloutWorker:
         except Exception as error:
             offer.fail(error)
             raise
-        if self.offer is offer:  # a newer one may have come meanwhile
-            self.offer = None
+        finally:
+            if self.offer is offer:  # a newer one may have come meanwhile
+                self.offer = None
         offer.done(reply)
         return reply
 
@@ -206,7 +211,8 @@ class RolloutWorker:
             self.session = None
             self.aborted.discard(unit)
             if self.offer is not None:
-                self._take(self.offer)
+                with contextlib.suppress(Exception):  # whoever brought it is told; the unit is done
+                    self._take(self.offer)
 
     def _texts(self, group: Sequence[Trajectory]) -> tuple[str, ...]:
         return tuple(self._text(t.response_ids[: t.valid_len]) for t in group)

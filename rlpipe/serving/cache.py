@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 
 log = logging.getLogger("rlpipe")
 
-IN_MEMORY = 100_000  # answers; the oldest make room
+IN_MEMORY = 20_000  # answers, some 2 KB each; the oldest make room
 BUSY_S = 30.0  # that another process may hold the file
 AT_A_TIME = 500  # keys of one query
 
@@ -83,7 +84,7 @@ class AnswerCache:
 
     def _remember(self, answers: Mapping[str, str]) -> None:
         self._memory |= answers
-        for key in list(self._memory)[: max(0, len(self._memory) - IN_MEMORY)]:
+        for key in list(itertools.islice(self._memory, max(0, len(self._memory) - IN_MEMORY))):
             del self._memory[key]
 
     @contextlib.contextmanager

@@ -106,12 +106,13 @@ class Client:
             return [_likeliest(choice, len(sequence)) for choice, sequence in zip(choices, tokens, strict=True)]
 
     def scores(
-        self, pairs: Sequence[tuple[str, str]], *, by: str, timeout_s: float, label: int = 0
+        self, pairs: Sequence[tuple[str, str]], *, by: str, timeout_s: float, label: int = 0, **settings: Any
     ) -> list[float | ServerError]:
         """Of each (prompt, response) the number that a reward model gives it, before any activation function.
 
         by: classify and pooling show it as a conversation of two turns, score as a pair of texts; label: which of a
-        classifier's outputs; of pooling, which answers for every token, it is the last token's.
+        classifier's outputs; of pooling, which answers for every token, it is the last token's; settings: further fields of
+        every request.
         """
         turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
         inputs = {
@@ -119,7 +120,7 @@ class Client:
             "pooling": [{"messages": own} for own in turns],
             "score": [{"text_1": a, "text_2": b} for a, b in pairs],
         }[by]
-        bodies = [{"model": self.model(), "use_activation": False} | own for own in inputs]
+        bodies = [{"model": self.model(), "use_activation": False} | own | settings for own in inputs]
         read = {
             "classify": lambda answer: float(answer["data"][0]["probs"][label]),
             "pooling": lambda answer: float(np.asarray(answer["data"][0]["data"], np.float64).reshape(-1)[-1]),

@@ -22,6 +22,7 @@ log = logging.getLogger("rlpipe")
 TRIED_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_S = 10.0  # of one attempt; a machine that is gone does not answer at all
+IDLE_S = 4.0  # that a connection is kept for the next request; vLLM's server ends it after 5, and a request may be on its way
 EVERY_S = 10.0
 CLOSE_S = 5.0  # to take leave of the servers
 GRACE_S = 30.0  # past all deadlines, before the thread that keeps them counts as stuck
@@ -96,8 +97,9 @@ class Connection:
                 future.result(EVERY_S)
                 return
             except NotYet:
-                if future.done():
-                    raise
+                if future.done():  # it ended in this moment, or in a TimeoutError of its own
+                    future.result()
+                    return
                 waited, done = time.monotonic() - started, sum(answer is not None for answer in answers)
                 log.info("waiting for %s, %s: %d/%d (%.0f s of %.0f s)", self.what, path, done, len(answers), waited, timeout_s)
                 if self._find is None and waited > timeout_s + GRACE_S:
@@ -121,7 +123,8 @@ class Connection:
         import aiohttp
 
         if self._session is None:
-            self._session, self._search = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=self.at_once)), None
+            connector = aiohttp.TCPConnector(limit=self.at_once, keepalive_timeout=IDLE_S)
+            self._session, self._search = aiohttp.ClientSession(connector=connector), None
             self._sessions.append(self._session)
 
         async def one(index: int) -> None:
@@ -161,9 +164,9 @@ class Connection:
         if self._search is None or self._search.done():  # requests that miss the server together look for it once
             self._search = asyncio.ensure_future(asyncio.to_thread(self._find))
         found = await asyncio.shield(self._search)
-        if self._address is not found:
-            self._address = found
+        if self._address != found:
             log.info("%s is at %s", self.what, found.root)
+        self._address = found
         return time.monotonic() - started
 
     async def _attempt(self, address: Address, path: str, body: Any, left: float) -> Any:

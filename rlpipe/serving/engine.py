@@ -33,15 +33,15 @@ ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
 
 def command(cfg: ServerConfig, host: str, port: int, python: str = "") -> list[str]:
     """The server's command line for cfg.model. cfg.args are flags of `vllm serve`: true for one without a value, false or null
-    to leave it out, lists for several values, mappings as JSON; they win over ours: as many GPUs as Ray gave, and no sampling
-    defaults out of the model's folder. Raises ServerError if vLLM is not here."""
+    to leave it out, lists for several values, mappings as JSON; they win over ours: as many GPUs as Ray gave, no sampling
+    defaults out of the model's folder, and no line of the log for every request. Raises ServerError if vLLM is not here."""
     python = python or os.environ.get(PYTHON_ENV, "")
     if not python and importlib.util.find_spec("vllm") is None:
         raise ServerError(
             f"a server for {cfg.model} needs vLLM, which is not installed here: pip install rlpipe[vllm], or set {PYTHON_ENV} "
             "to the python of an environment that has it; or give the url of a server that is there"
         )
-    own: dict[str, Any] = {"generation-config": "vllm"}
+    own: dict[str, Any] = {"generation-config": "vllm", "disable-uvicorn-access-log": True}
     if cfg.gpus > 1:
         own["tensor-parallel-size"] = int(cfg.gpus)
     own |= {str(name).lstrip("-").replace("_", "-"): value for name, value in cfg.args.items()}

@@ -78,7 +78,7 @@ class Broadcast:
         """(digest, bucket uint8 [n] on the group's device) one by one, all in one buffer."""
         meeting = group.meeting(version)
         try:
-            group.connect(meeting.arrive(), self.receivers + 1)
+            group.connect(meeting.arrive(self.receivers), self.receivers + 1)
             buffer = torch.empty(layout.largest, dtype=torch.uint8, device=group.device)
             for number, size in enumerate(layout.sizes):
                 group.broadcast(buffer[:size])

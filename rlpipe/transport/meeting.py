@@ -75,9 +75,12 @@ class Meeting:
 
     # --- a receiver -----------------------------------------------------------------------------------------------------
 
-    def arrive(self) -> int:
-        """Say that one is there and wait for the others; returns one's number, from 1."""
+    def arrive(self, receivers: int) -> int:
+        """Say that one is there and wait for the others; returns one's number, from 1. Raises ClusterError for one too many: a
+        sender that counts to `receivers` would not wait for all of them, and take a bucket back while it is read."""
         number = self._count("places", "place at the meeting")
+        if number > receivers:
+            raise ClusterError(f"{self.what}: {receivers} receivers were asked, and {number} came")
         self.keys.set(f"process {number}", str(os.getpid()))
         self._count("arrived", "arrival")
         self._wait(GO, "the other receivers", 2 * self.timeout_s)  # the sender gives up first, and knows who is missing

@@ -35,7 +35,7 @@ class Shared:
         meeting = Meeting(reach(self.address, self.timeout_s), _what(version), self.timeout_s)
         known: dict[str, torch.Tensor] = {}
         try:
-            meeting.arrive()
+            meeting.arrive(self.receivers)
             for number, size in enumerate(layout.sizes):
                 expected, handle = meeting.expect(number)
                 if handle not in known:

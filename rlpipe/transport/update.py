@@ -90,6 +90,8 @@ class Receiver:
             check_names(update.base.layout, parameters, update.version)
             self._take_base(update.base, parameters, update.scalings)
         self.version, self.checksum = -1, ""
+        if not update.scalings:
+            self.base = ""  # what is not adapted is about to be overwritten as well
         found = self._take(update, self._keep if update.scalings else lambda entry, data: parameters[entry.name].copy_(data))
         for name, scaling in update.scalings.items():
             self._merge(name, scaling, parameters[name])

@@ -89,7 +89,8 @@ class RewardModel:
         known = {key: json.loads(text) for key, text in asked.cache.get(keys).items()}
         missing = {key: own for key, own in zip(keys, inputs, strict=True) if key not in known}
         found = known | dict(zip(missing, self._numbers(asked, list(missing.values())), strict=True))
-        asked.cache.put({key: json.dumps(found[key]) for key in missing if isinstance(found[key], float)})
+        kept = [key for key in missing if isinstance(found[key], float) and math.isfinite(found[key])]
+        asked.cache.put({key: json.dumps(found[key]) for key in kept})
         return [self._verdict(prompt, found[key], key in known) for (prompt, _), key in zip(items, keys, strict=True)]
 
     def _rubric(self) -> rubrics.Rubric:
@@ -109,7 +110,7 @@ class RewardModel:
 
     def _numbers(self, asked: served.Asked, inputs: list[Any]) -> list[float | Exception]:
         if self.by != YES_NO:
-            return asked.client.scores(inputs, by=self.by, label=self.label, timeout_s=self.seconds)
+            return asked.client.scores(inputs, by=self.by, label=self.label, timeout_s=self.seconds, **self.extra)
         settings = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": TOP} | self.extra
         replies = asked.client.chat_all(inputs, timeout_s=self.seconds, settings=[settings] * len(inputs))
         return [reply if isinstance(reply, ServerError) else _share_of_yes(reply) for reply in replies]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rlpipe.errors import ConfigError, VerifierFailed
 
@@ -27,6 +28,7 @@ MARKERS = re.compile(
     re.IGNORECASE,
 )
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+YAML = {True: ("yes", "true", "on"), False: ("no", "false", "off")}  # what these words become in a recipe without quotes
 THOUGHT = re.compile(r"(?s)\A.*</think>|\A\s*<think>.*")  # of reasoning models: what is said before the answer is none
 
 GUARD = (
@@ -91,7 +93,7 @@ def rubric(template: str, pattern: str, values: Mapping[str, float], scale: list
     base = RUBRICS.get(template)
     if base is None:
         base = Rubric(_own_text(template), pattern)
-    values = {str(name).lower(): float(value) for name, value in values.items()}
+    values = {word: float(value) for name, value in values.items() for word in _words(name)}
     if scale and (len(scale) != 2 or scale[0] >= scale[1]):
         raise ConfigError(f"verifier.options.scale={scale}: the lowest and the highest number of the judge, e.g. [1, 10]")
     if scale and values:
@@ -142,6 +144,11 @@ def read(rubric: Rubric, answer: str) -> float:
         pass
     shown = f"{verdict!r} in " if verdict else ""
     raise VerifierFailed(f"the judge's answer holds no verdict that can be read: {shown}{answer[-400:]!r}")
+
+
+def _words(name: Any) -> tuple[str, ...]:
+    """The verdicts that a key of `values` stands for, in lower case."""
+    return YAML[name] if isinstance(name, bool) else (str(name).lower(),)
 
 
 def _own_text(template: str) -> str:

@@ -90,15 +90,18 @@ class Scorer:
     def longest_of(self, prompts: Sequence[Prompt]) -> float:
         """Seconds that the verdicts of one call can take before their verifiers end them, as `longest`: those of verifiers that
         judge many at once count once, not for each response."""
-        each, together = 0.0, 0.0
+        each, together = 0.0, {}
         for prompt in prompts:
             try:
-                many = sum(self._limit(name, prompt) for name in set(self.names(prompt)) if self._judges_many(name))
-            except RlpipeError:
-                many = 0.0
-            each += self.longest(prompt) - many
-            together = max(together, many)
-        return each + together
+                limits = [(name, self._limit(name, prompt)) for name in self.names(prompt)]
+            except RlpipeError:  # as in `longest`
+                continue
+            for name, seconds in limits:
+                if self._judges_many(name):
+                    together[name] = max(together.get(name, 0.0), seconds)
+                else:
+                    each += seconds
+        return each + sum(together.values())
 
     def score(self, prompt: Prompt, response: str) -> dict[str, float]:
         """The verdict: finite floats, `reward` among them. Raises what a verifier raises: no failure becomes a number."""

@@ -11,8 +11,10 @@ from rlpipe.config import ServerConfig, VerifierConfig
 from rlpipe.errors import ConfigError, VerifierFailed
 from rlpipe.server_settings import ASKING, STARTED
 from rlpipe.serving.cache import AnswerCache
-from rlpipe.serving.client import Client
+from rlpipe.serving.client import MODELS_S, Client
 from rlpipe.trajectory import Prompt
+
+TELLING_S = 15.0  # past a call's deadline, until its worker counts as lost
 
 
 def with_server(cfg: VerifierConfig, server: ServerConfig, cache: str) -> VerifierConfig:
@@ -66,9 +68,11 @@ class Holder:
 
 
 def longest(seconds: float, server: Mapping[str, Any]) -> float:
-    """Seconds of one call: its deadline, and the time that a server of the run may take to be started anew."""
+    """Seconds of one call: its deadline, the question for the model's name, the time that a server of the run may take to be
+    started anew, and some to say what went wrong: a worker that is ended at its deadline cannot."""
     started_here = str(server.get("url", "")).startswith(STARTED)
-    return seconds + (float(server.get("start_timeout_s", 0.0)) if started_here else 0.0)
+    named = 0.0 if server.get("model") else MODELS_S
+    return seconds + named + (float(server.get("start_timeout_s", 0.0)) if started_here else 0.0) + TELLING_S
 
 
 def reference_of(prompt: Prompt, field: str) -> str:
