@@ -173,9 +173,10 @@ def needs(cfg: RunConfig) -> list[str]:
         "wandb": cfg.monitor.wandb != "disabled",
         "peft": cfg.learner.lora_rank > 0,
         "gguf": cfg.model.path == f"{CONVERT}{SMOLLM2}",
+        "vllm": bool(wanted(cfg)) and not os.environ.get("RLPIPE_VLLM_PYTHON"),
         **dict.fromkeys(("torch", "transformers", "ray", "deepspeed"), True),
     }
-    missing += [f"the package {name}" for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
+    missing += [f"the package {name}" for name, asked in packages.items() if asked and not importlib.util.find_spec(name)]
     gpus = sum(bundle.gpus for bundle in bundles_of(roles(cfg)))
     if gpus > local_resources()["GPU"]:
         missing.append(f"{gpus:g} GPUs: this machine has {local_resources()['GPU']:g}; on a cluster they may be there")
