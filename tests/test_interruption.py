@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def clean():
+    interruption.uninstall()  # other tests may have asked, as a driver does
     before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
     yield
     interruption.uninstall()
