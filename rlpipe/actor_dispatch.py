@@ -147,9 +147,7 @@ class Dispatcher:
         wanted = self.preparation
         if wanted is not None and slot.prepared is not wanted and slot.preparing is None:
             if slot.state == IDLE or (slot.state == BUSY and wanted.at_once):
-                fresh = slot.prepared is None and slot.restarted
-                args = wanted.again if fresh and wanted.again is not None else wanted.args
-                slot.prepare(wanted, self._method(slot, wanted.method, self.group).remote(*args))
+                slot.prepare(wanted, self._method(slot, wanted.method, self.group).remote(*wanted.args))
         if slot.state == IDLE and slot.preparing is None and (wanted is None or (slot.prepared is wanted and not wanted.rest)):
             ticket = self._next(slot)
             if ticket is not None:

@@ -14,9 +14,8 @@ GONE, STARTING, IDLE, BUSY = "gone", "starting", "idle", "busy"
 class Preparation:
     """What an actor must have done before it gets work: a method with arguments, and a check of its reply (which raises).
 
-    again: other arguments for actors that start later, None for the same. at_once: it is called beside a unit that is under
-    way, and the actor finds its own moment; else it waits for the unit's end. rest: there is no work after it, until another
-    preparation.
+    at_once: it is called beside a unit that is under way, and the actor finds its own moment; else it waits for the unit's end.
+    rest: there is no work after it, until another preparation.
     """
 
     method: str
@@ -24,7 +23,6 @@ class Preparation:
     label: str
     timeout_s: float
     check: Callable[[Any], None] = lambda reply: None
-    again: tuple | None = None
     at_once: bool = False
     rest: bool = False
 

@@ -130,15 +130,15 @@ def test_generators_give_their_parts_as_they_come(pool, tmp_path):
 
 def test_a_dead_worker_is_replaced_and_prepared_while_its_unit_is_done_elsewhere(pool, tmp_path, caplog):
     replies = []
-    pool.prepare(Preparation("prepare", (7,), "version 7", 30, check=replies.append, again=(70,)))
+    pool.prepare(Preparation("prepare", (7,), "version 7", 30, check=replies.append))
     pool.wait_prepared(30)
     with caplog.at_level(logging.INFO, "rlpipe"):
         result = pool.run([Call("die_once", (str(tmp_path / "m"),), label="fatal")], timeout_s=60, what="dying")
         assert result[0][1] == [7] and pool.restarts == 1 and pool.retried == 1
         pool.run([Call("double", (1,), {"pause": 2.0}, label=f"long {i}") for i in range(4)], timeout_s=30, what="longer work")
     assert "fatal" in caplog.text and "is replaced" in caplog.text and "is back" in caplog.text
-    assert sorted(prepared(pool).values()) == [[7], [70]], "who comes later gets the later arguments"
-    assert replies == [7, 7, 70]
+    assert sorted(prepared(pool).values()) == [[7], [7]]
+    assert replies == [7, 7, 7]
 
 
 def test_a_unit_that_hangs_fails_in_the_end_and_the_pool_lives_on(pool):

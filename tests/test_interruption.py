@@ -147,6 +147,7 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name[-6:]) for path in (run_dir / "checkpoints").glob("step_*") if path.name[-6:].isdecimal())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_saves_its_last_step_leaves_and_goes_on(tmp_path):
     """SIGTERM, then Ctrl-C, at steps of which no checkpoint is due; the end is that of a run that nobody asked anything."""

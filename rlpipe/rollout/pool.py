@@ -90,9 +90,9 @@ class RolloutPool:
             spans=spans,
         )
 
-    def set_weights(self, update: WeightUpdate, *, wait: bool, again: WeightUpdate | None = None) -> None:
-        """No worker samples another unit before it has the update. wait: return when all workers have it. again: the update
-        for workers that start later.
+    def set_weights(self, update: WeightUpdate, *, wait: bool) -> None:
+        """No worker samples another unit before it has the update, those that start later included. wait: return when all that
+        are up have it.
 
         A worker that ends with another version or checksum is replaced, and so is one that does not answer in time.
         """
@@ -109,7 +109,6 @@ class RolloutPool:
                 label=f"weights of version {update.version}",
                 timeout_s=self.cfg.timeout_s,
                 check=check,
-                again=None if again is None else (again,),
                 at_once=self.at_once,
             )
         )

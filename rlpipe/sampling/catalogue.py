@@ -75,7 +75,8 @@ by rule (`preset`, `forced`), with the policy's log-probability for them; object
 **The tokenizer** must be the model's: ids go to the server as they are. A worker compares both on a few texts when it starts
 and refuses a guide that splits them otherwise. A guide sees prompt and response only, as ids, up to the last masked position of
 the window: `max-model-len` of its server must hold the longest of both and one token more. A guide that does not answer in
-time fails the unit of work, which is tried again; it never falls back to plain samples silently.
+time fails the unit of work, which is tried again; it never falls back to plain samples silently. A server's arithmetic may
+depend on what else it computes at the moment, so where the guide wavers between two tokens a repeated unit may differ.
 """
 
 
