@@ -280,14 +280,14 @@ class Dispatcher:
         import ray
 
         doing = f" while it did {ticket.call.label}" if ticket is not None else ""
-        self.restarts += 1
         self._in_a_row += 1
         log.warning(
             "%s worker %d is replaced (restart %d of the pool)%s: %s",
-            self.name, slot.index, self.restarts, doing, error, extra=self._incident("restart", slot),
+            self.name, slot.index, self.restarts + 1, doing, error, extra=self._incident("restart", slot),
         )  # fmt: skip
         ray.kill(slot.actor)
-        with self.changed:
+        with self.changed:  # counted in the moment in which it is gone: who sees the one sees the other
+            self.restarts += 1
             slot.gone(pause_before(slot.starts_in_a_row))
             self.changed.notify_all()
         if self._in_a_row > START_ATTEMPTS * len(self.slots) and not any(map(self._can_work, self.slots)):

@@ -176,6 +176,7 @@ def wait_for_metrics(run_dir: Path, process: subprocess.Popen, step: int) -> Non
     pytest.fail(f"step {step} never came:\n" + (run_dir.parent.parent / "console.txt").read_text()[-3000:])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_supervised_training_does_too(tmp_path):
     small = [

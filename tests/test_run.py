@@ -211,6 +211,7 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # four runs; tests/test_checkpoint_ranks.py does the same to the ranks alone
 def test_a_killed_run_with_values_adapters_and_a_lagged_reference_resumes_bit_identically(tmp_path):
     whole = finish(start(tmp_path / "whole", *EVERYTHING), tmp_path / "whole")
     process = start(tmp_path / "cut", *EVERYTHING)
