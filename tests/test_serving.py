@@ -208,7 +208,9 @@ def test_an_answer_that_comes_as_the_wait_for_it_is_interrupted_counts():
             if not self.done():  # when it is looked at; a moment later it is
                 raise TimeoutError(self.set_result(None))
 
-    connection.Connection(Address.of("http://x"), "the server")._wait(Late(), [], "/path", 5.0)
+    late = Late()
+    connection.Connection(Address.of("http://x"), "the server")._wait(late, [], "/path", 5.0)
+    assert late.done() and not late.cancelled()
 
 
 def test_a_server_that_is_gone_for_good_is_not_waited_for():

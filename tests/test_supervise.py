@@ -278,6 +278,7 @@ def test_the_run_does_not_outlive_a_supervisor_that_is_killed(tmp_path):
     process.kill()
     process.wait(timeout=20)
     child.wait(timeout=20)
+    assert not child.is_running()
 
 
 def test_it_loads_neither_ray_nor_torch():
